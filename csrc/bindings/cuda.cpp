@@ -1,0 +1,18 @@
+#include "bindings/bindings.h"
+#include "cuda/kernels.h"
+
+using namespace qwen3;
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels on raw pointers and a stream handle; use the ops of qwen3_kernels instead.";
+  m.def("rms_norm_partials", &cuda::rms_norm_partials, "Rows of the partial buffer that rms_norm_backward needs.");
+  m.def("rms_norm", [](int64_t n, int64_t h, float eps, TensorArg x, TensorArg residual, TensorArg weight, TensorArg y,
+                       TensorArg sum, uintptr_t rstd, uintptr_t stream) {
+    cuda::rms_norm({n, h, eps, rows(x), rows(residual), rows(weight), rows(y), rows(sum), pointer(rstd)}, stream);
+  });
+  m.def("rms_norm_backward", [](int64_t n, int64_t h, TensorArg dy, TensorArg dsum, TensorArg sum, TensorArg weight,
+                                uintptr_t rstd, TensorArg dx, TensorArg dweight, uintptr_t partial, uintptr_t stream) {
+    cuda::rms_norm_backward({n, h, rows(dy), rows(dsum), rows(sum), rows(weight), pointer(rstd), rows(dx), rows(dweight),
+                             pointer(partial)}, stream);
+  });
+}

@@ -1,0 +1,2 @@
+#include "bindings/bindings.h"
+void bind_qk_norm_rope(py::module_&) {}

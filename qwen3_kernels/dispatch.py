@@ -1,0 +1,152 @@
+"""Which backend runs which op.
+
+Candidates are tried in order of preference for the device; the first one that is built, supports the dtype and passes
+its self-check wins. ``QWEN3_BACKEND`` overrides: one name for all ops (``torch``) or a list (``rms_norm=triton,swiglu=torch``).
+Backends: ``cpu`` (compiled C++), ``cuda`` (compiled CUDA), ``triton``, ``torch`` (plain torch or SDPA).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+OPS = ("rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "attention")
+BACKENDS = ("cpu", "cuda", "triton", "torch")
+
+# Order of preference. On CUDA, Triton leads: it needs no build and runs everywhere. `attention` uses torch's SDPA there.
+PREFERENCE = {
+    "cpu": {op: ("cpu", "torch") for op in OPS},
+    "cuda": {op: ("triton", "torch") for op in OPS} | {"attention": ("torch",), "rms_norm": ("triton", "cuda", "torch")},
+}
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+DEVICE_OF = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of the doctor's table."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    backend: str
+    why: str
+    error: float | None = None  # self-check error relative to that of plain torch; None when nothing was checked
+
+
+def backend(op: str, name: str) -> ModuleType:
+    """The module with the ``forward`` and ``backward`` of an op on a backend."""
+    return _module(op, name)
+
+
+@functools.cache
+def _module(op: str, name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{name}.{op}")
+
+
+_override: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def use(name: str, *ops: str) -> Iterator[None]:
+    """Run the named ops (all, when none is named) on one backend, without self-check or fallback: for tests and
+    benchmarks. A backend that cannot run here raises when the op is called."""
+    if name not in BACKENDS or not set(ops) <= set(OPS):
+        raise ValueError(f"use: got backend {name!r} and ops {ops}; expected one of {BACKENDS} and ops of {OPS}")
+    saved = dict(_override)
+    _override.update({op: name for op in ops or OPS})
+    try:
+        yield
+    finally:
+        _override.clear()
+        _override.update(saved)
+
+
+@torch._dynamo.assume_constant_result
+def resolve(op: str, device: str, dtype: torch.dtype) -> str:
+    """Name of the backend that runs ``op``; constant for a process (but for ``use``), so torch.compile folds it."""
+    return _override.get(op) or explain(op, device, dtype).backend
+
+
+@functools.cache
+def explain(op: str, device: str, dtype: torch.dtype) -> Choice:
+    """The choice of backend and the reason for it."""
+    forced = _forced().get(op)
+    if forced is not None:
+        return _forced_choice(op, device, dtype, forced)
+    rejected = []
+    for name in PREFERENCE.get(device, {}).get(op, ("torch",)):
+        problem = unavailable(op, name, device, dtype)
+        if problem is None and name != "torch":
+            from . import selfcheck
+
+            error = selfcheck.run(op, name, device, dtype)
+            if error <= selfcheck.LIMIT:
+                why = "first choice" if not rejected else "; ".join(rejected)
+                return Choice(op, device, dtype, name, why, error)
+            problem = f"self-check error {error:.3g} times plain torch's, over {selfcheck.LIMIT:g}"
+            warnings.warn(f"qwen3_kernels: {op} on backend '{name}' is not used: {problem}", stacklevel=3)
+        if problem is None:
+            return Choice(op, device, dtype, "torch", "; ".join(rejected) or "first choice")
+        rejected.append(f"{name}: {problem}")
+    return Choice(op, device, dtype, "torch", "; ".join(rejected))
+
+
+def _forced_choice(op: str, device: str, dtype: torch.dtype, name: str) -> Choice:
+    problem = None if name == "torch" else unavailable(op, name, device, dtype)
+    if problem is None:
+        return Choice(op, device, dtype, name, "QWEN3_BACKEND")
+    return Choice(op, device, dtype, "torch", f"QWEN3_BACKEND asks for {name}, but {problem}")
+
+
+def unavailable(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run an op here, or None when it can."""
+    if dtype not in DTYPES[name]:
+        return f"no {str(dtype).removeprefix('torch.')}"
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device != DEVICE_OF[name] and not (interpreted and device == "cpu"):
+        return f"runs on {DEVICE_OF[name]} tensors"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        _module(op, name)
+    except ModuleNotFoundError as e:
+        return f"no kernel for {op}" if e.name == f"{__package__}.{name}.{op}" else f"not built ({e.name})"
+    except ImportError as e:
+        return f"not built ({e})"
+    return None
+
+
+@functools.cache
+def _forced() -> dict[str, str]:
+    text = os.environ.get("QWEN3_BACKEND", "").strip()
+    if not text:
+        return {}
+    pairs = [p.split("=", 1) if "=" in p else ("*", p) for p in text.split(",")]
+    forced: dict[str, str] = {}
+    for op, name in pairs:
+        if op not in (*OPS, "*") or name not in BACKENDS:
+            raise ValueError(
+                f"QWEN3_BACKEND is {text!r}; expected a backend of {BACKENDS} or a list op=backend with ops of {OPS}"
+            )
+        forced.update({o: name for o in OPS} if op == "*" else {op: name})
+    return forced
+
+
+def reset() -> None:
+    """Forget all choices, so that a changed ``QWEN3_BACKEND`` takes effect (for tests and benchmarks)."""
+    explain.cache_clear()
+    _forced.cache_clear()

@@ -1,0 +1,96 @@
+"""A small forward and backward of every op against fp64, relative to the error of plain torch in the same dtype."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .ops.attention import attention, attention_ref
+from .ops.cross_entropy import cross_entropy, cross_entropy_ref
+from .ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
+from .ops.rms_norm import rms_norm, rms_norm_ref
+from .ops.swiglu import swiglu, swiglu_ref
+
+LIMIT = 2.0  # DESIGN rule: error at most twice that of plain torch
+
+
+def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
+    """‖got − truth‖ over ‖plain − truth‖, where the latter counts as at least one rounding of ``plain``'s dtype."""
+    truth = truth.double().cpu()
+    error = (got.double().cpu() - truth).norm()
+    floor = torch.finfo(plain.dtype).eps / 4 * truth.norm()
+    ratio = error / torch.maximum((plain.double().cpu() - truth).norm(), floor).clamp(min=1e-300)
+    return float("inf") if ratio.isnan() else ratio.item()
+
+
+CONSTANTS = frozenset({"cos", "sin"})  # floating arguments that get no gradient
+
+
+def run(op: str, backend: str, device: str, dtype: torch.dtype) -> float:
+    """Error ratio of one backend on small inputs; infinite when it raises."""
+    function, ref = _PAIRS[op]
+    try:
+        with dispatch.use(backend, op):
+            return compare(function, ref, inputs_for(op, device, dtype))
+    except Exception as e:  # a backend that cannot even run is a failed check, and the doctor shows why
+        warnings.warn(f"qwen3_kernels: self-check of {op} on backend '{backend}' raised {e!r}", stacklevel=2)
+        return float("inf")
+
+
+def outputs_and_grads(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs of ``function(**inputs)`` and gradients of the floating inputs under fixed pseudo-random cotangents."""
+    inputs = {
+        n: t.detach().clone().requires_grad_(t.is_floating_point() and n not in CONSTANTS) for n, t in inputs.items()
+    }
+    out = function(**inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in out]
+    wanted = [t for t in inputs.values() if t.requires_grad]
+    grads = torch.autograd.grad(out, wanted, cotangents, allow_unused=True)
+    return [o.detach() for o in out] + [g for g in grads if g is not None]
+
+
+def compare(op: Callable, ref: Callable, inputs: dict[str, Tensor], **options) -> float:
+    """Worst error ratio of ``op`` over its outputs and gradients; truth is ``ref`` in fp64 on the CPU."""
+    wide = {n: t.detach().cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()}
+    truth = outputs_and_grads(lambda **kw: ref(**kw, **options), wide)
+    plain = outputs_and_grads(lambda **kw: ref(**kw, **options), inputs)
+    got = outputs_and_grads(lambda **kw: op(**kw, **options), inputs)
+    return max(error_ratio(g, p, t) for g, p, t in zip(got, plain, truth, strict=True))
+
+
+def inputs_for(op: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Small random inputs with odd sizes, by keyword of the op."""
+    g = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(device, dtype)
+
+    if op == "rms_norm":
+        return {"x": rand(5, 72), "weight": rand(72), "residual": rand(5, 72)}
+    if op == "swiglu":
+        return {"gate": rand(5, 72), "up": rand(5, 72)}
+    if op == "cross_entropy":
+        return {"logits": rand(6, 519), "labels": torch.tensor([0, 518, -100, 7, 100, 3], device=device)}
+    if op == "qk_norm_rope":
+        angle = torch.rand(7, 32, generator=g) * 100
+        return {"q": rand(7, 4, 64), "k": rand(7, 2, 64), "q_weight": rand(64), "k_weight": rand(64),
+                "cos": angle.cos().to(device), "sin": angle.sin().to(device)}
+    if op == "attention":
+        cu = torch.tensor([0, 3, 3, 40], dtype=torch.int32, device=device)
+        return {"q": rand(40, 4, 64), "k": rand(40, 2, 64), "v": rand(40, 2, 64), "cu_seqlens": cu}
+    raise ValueError(f"op is {op!r}; expected one of the ops in dispatch.OPS")
+
+
+_PAIRS = {
+    "rms_norm": (rms_norm, rms_norm_ref),
+    "swiglu": (swiglu, swiglu_ref),
+    "cross_entropy": (cross_entropy, cross_entropy_ref),
+    "qk_norm_rope": (qk_norm_rope, qk_norm_rope_ref),
+    "attention": (attention, attention_ref),
+}

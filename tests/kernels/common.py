@@ -1,0 +1,58 @@
+"""What the kernel tests share: the backends that run here, and the error rule of DESIGN against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen3_kernels import dispatch, selfcheck
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def backends(op: str) -> list:
+    """Parameters for every backend that has a kernel for ``op`` on this machine's device."""
+    names = ("cpu", "cuda", "triton")
+    found = [n for n in names if dispatch.unavailable(op, n, DEVICE, torch.float32) is None]
+    assert found, f"no backend of {names} runs {op} on {DEVICE}: is the package built?"
+    return found
+
+
+def check_error_rule(op, ref, backend: str, inputs: dict, **options) -> None:
+    """Error at most twice plain torch's in the same dtype, for every output and gradient; truth is fp64."""
+    with dispatch.use(backend):
+        ratio = selfcheck.compare(op, ref, inputs, **options)
+    assert ratio <= selfcheck.LIMIT, f"{op.__name__} on {backend}: error {ratio:.3g} times that of plain torch"
+
+
+def check_registration(op, backend: str, custom_op, args: tuple, inputs: dict, **options) -> None:
+    """torch.library.opcheck of the custom op, and a fullgraph compile that gives the same bits as eager."""
+    with dispatch.use(backend):
+        torch.library.opcheck(custom_op, args)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda **kw: op(**kw, **options), fullgraph=True, backend="aot_eager")
+        eager = selfcheck.outputs_and_grads(lambda **kw: op(**kw, **options), inputs)
+        for a, b in zip(eager, selfcheck.outputs_and_grads(compiled, inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def check_repeatable(op, backend: str, inputs: dict, times: int = 5, **options) -> None:
+    """Bitwise equal results, again and again, and whatever the number of threads."""
+    threads = torch.get_num_threads()
+    with dispatch.use(backend):
+        first = selfcheck.outputs_and_grads(lambda **kw: op(**kw, **options), inputs)
+        for i in range(times):
+            torch.set_num_threads(1 + i % 2)
+            try:
+                again = selfcheck.outputs_and_grads(lambda **kw: op(**kw, **options), inputs)
+            finally:
+                torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape) * scale).to(DEVICE, dtype)
+
+
+parametrize_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from common import DEVICE, backends, check_error_rule, check_registration, check_repeatable, parametrize_dtype, randn
+
+from qwen3_kernels import dispatch, rms_norm
+from qwen3_kernels.ops.rms_norm import rms_norm_ref
+
+parametrize_backend = pytest.mark.parametrize("backend", backends("rms_norm"))
+SHAPES = [(1, 1), (1, 8), (3, 17), (5, 64), (33, 129), (2, 7, 1024), (130, 40)]
+
+
+def inputs_for(shape, dtype, residual, weight_dtype=None, scale=1.0):
+    x = {"x": randn(*shape, dtype=dtype, scale=scale), "weight": randn(shape[-1], dtype=weight_dtype or dtype)}
+    return x | ({"residual": randn(*shape, dtype=dtype, scale=scale)} if residual else {})
+
+
+@parametrize_backend
+@parametrize_dtype
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_rule(backend, dtype, residual, shape):
+    check_error_rule(rms_norm, rms_norm_ref, backend, inputs_for(shape, dtype, residual))
+
+
+@parametrize_backend
+@parametrize_dtype
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e4, 1e15], ids=["eps-dominated", "small", "large", "huge"])
+def test_adversarial_scales(backend, dtype, scale):
+    check_error_rule(rms_norm, rms_norm_ref, backend, inputs_for((9, 96), dtype, False, scale=scale))
+
+
+@parametrize_backend
+def test_zero_rows_and_signed_weights(backend):
+    inputs = inputs_for((6, 96), torch.float32, False)
+    inputs["x"][2] = 0
+    inputs["weight"][::3] = 0
+    inputs["weight"][1::3] *= -1
+    check_error_rule(rms_norm, rms_norm_ref, backend, inputs)
+
+
+@parametrize_backend
+def test_fp32_weight_with_bf16_input(backend):
+    check_error_rule(rms_norm, rms_norm_ref, backend, inputs_for((9, 96), torch.bfloat16, True, torch.float32))
+
+
+@parametrize_backend
+def test_only_the_residual_stream_is_used(backend):
+    inputs = {n: t.requires_grad_() for n, t in inputs_for((4, 32), torch.float32, True).items()}
+    with dispatch.use(backend):
+        _, h = rms_norm(**inputs)
+        h.sum().backward()
+    assert torch.equal(inputs["x"].grad, torch.ones(4, 32, device=DEVICE))
+    assert torch.equal(inputs["residual"].grad, torch.ones(4, 32, device=DEVICE))
+    assert inputs["weight"].grad is None
+
+
+@parametrize_backend
+def test_strided_rows_are_read_in_place(backend):
+    wide = randn(7, 200, dtype=torch.bfloat16)
+    weight = randn(64, dtype=torch.bfloat16)
+    with dispatch.use(backend):
+        assert torch.equal(rms_norm(wide[:, 40:104], weight), rms_norm(wide[:, 40:104].contiguous(), weight))
+        assert torch.equal(rms_norm(wide.T[:64].T, weight), rms_norm(wide[:, :64].contiguous(), weight))
+
+
+@parametrize_backend
+def test_does_not_touch_its_inputs(backend):
+    inputs = inputs_for((5, 48), torch.bfloat16, True)
+    before = {n: t.clone() for n, t in inputs.items()}
+    with dispatch.use(backend):
+        rms_norm(**inputs)
+    assert all(torch.equal(inputs[n], before[n]) for n in inputs)
+
+
+@parametrize_backend
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_registration_and_compile(backend, residual):
+    inputs = inputs_for((6, 40), torch.float32, residual)
+    args = (inputs["x"].requires_grad_(), inputs["weight"].requires_grad_(), inputs.get("residual"), 1e-6, backend)
+    check_registration(rms_norm, backend, torch.ops.qwen3.rms_norm.default, args, inputs)
+
+
+@parametrize_backend
+def test_repeatable(backend):
+    check_repeatable(rms_norm, backend, inputs_for((300, 96), torch.bfloat16, True))
+
+
+def test_exact_mode_has_transformers_rounding():
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    x, norm = randn(64, 96, dtype=torch.bfloat16, scale=3), Qwen3RMSNorm(96).to(DEVICE, torch.bfloat16)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(96))
+    assert torch.equal(rms_norm(x, norm.weight, 1e-6, exact=True), norm(x))
+
+
+def test_empty_rows():
+    assert rms_norm(torch.empty(0, 8, device=DEVICE), torch.ones(8, device=DEVICE)).shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"weight": torch.ones(7, device=DEVICE)}, ValueError, r"weight is \(7,\); expected shape \(8,\)"),
+        ({"residual": torch.ones(3, 8, device=DEVICE)}, ValueError, r"residual is \(3, 8\)"),
+        ({"residual": torch.ones(2, 8, device=DEVICE, dtype=torch.bfloat16)}, TypeError, "residual is torch.bfloat16"),
+        ({"weight": torch.ones(8, device="meta")}, ValueError, "weight is on meta"),
+        ({"x": torch.ones(2, 0, device=DEVICE)}, ValueError, r"x is \(2, 0\)"),
+        ({"x": torch.ones(2, 8, device=DEVICE, dtype=torch.int64)}, TypeError, "x is torch.int64"),
+    ],
+    ids=["weight-shape", "residual-shape", "residual-dtype", "device", "empty-width", "integer"],
+)
+def test_bad_input(change, error, words):
+    good = {"x": torch.ones(2, 8, device=DEVICE), "weight": torch.ones(8, device=DEVICE)}
+    with pytest.raises(error, match=words):
+        rms_norm(**(good | change))
