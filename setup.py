@@ -23,7 +23,7 @@ def wants_cuda() -> bool:
         raise SystemExit(f"QWEN3_CUDA is {choice!r}; expected 0, 1 or auto")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if choice == "1" and nvcc is None:
-        raise SystemExit("QWEN3_CUDA=1, but no nvcc is on PATH or in /usr/local/cuda/bin; install the CUDA toolkit or set QWEN3_CUDA=0")
+        raise SystemExit("QWEN3_CUDA=1, but no nvcc is on PATH or in /usr/local/cuda/bin; install CUDA or set QWEN3_CUDA=0")
     return choice != "0" and nvcc is not None
 
 
@@ -36,6 +36,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         subprocess.run([
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # a cached one may lie in a build environment that is gone
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DQWEN3_OUTPUT_DIR={out}", f"-DQWEN3_CUDA={'ON' if wants_cuda() else 'OFF'}",
             f"-DQWEN3_CUDA_ARCHS={os.environ.get('QWEN3_CUDA_ARCHS', '90a')}",

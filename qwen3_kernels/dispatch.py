@@ -32,7 +32,7 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
-DEVICE_OF = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,19 @@ def resolve(op: str, device: str, dtype: torch.dtype) -> str:
 @functools.cache
 def explain(op: str, device: str, dtype: torch.dtype) -> Choice:
     """The choice of backend and the reason for it."""
-    forced = _forced().get(op)
-    if forced is not None:
-        return _forced_choice(op, device, dtype, forced)
+    forced, explicit = _forced().get(op, ("", False))
+    if forced == "torch" or DEVICES.get(forced) == device:
+        problem = unavailable(op, forced, device, dtype)
+        if problem is None:
+            return Choice(op, device, dtype, forced, "QWEN3_BACKEND")
+        if explicit:
+            raise RuntimeError(f"QWEN3_BACKEND asks for {op}={forced}, but {forced}: {problem}")
     rejected = []
     for name in PREFERENCE.get(device, {}).get(op, ("torch",)):
+        if name == "torch":
+            break
         problem = unavailable(op, name, device, dtype)
-        if problem is None and name != "torch":
+        if problem is None:
             from . import selfcheck
 
             error = selfcheck.run(op, name, device, dtype)
@@ -99,50 +105,44 @@ def explain(op: str, device: str, dtype: torch.dtype) -> Choice:
                 return Choice(op, device, dtype, name, why, error)
             problem = f"self-check error {error:.3g} times plain torch's, over {selfcheck.LIMIT:g}"
             warnings.warn(f"qwen3_kernels: {op} on backend '{name}' is not used: {problem}", stacklevel=3)
-        if problem is None:
-            return Choice(op, device, dtype, "torch", "; ".join(rejected) or "first choice")
         rejected.append(f"{name}: {problem}")
-    return Choice(op, device, dtype, "torch", "; ".join(rejected))
-
-
-def _forced_choice(op: str, device: str, dtype: torch.dtype, name: str) -> Choice:
-    problem = None if name == "torch" else unavailable(op, name, device, dtype)
-    if problem is None:
-        return Choice(op, device, dtype, name, "QWEN3_BACKEND")
-    return Choice(op, device, dtype, "torch", f"QWEN3_BACKEND asks for {name}, but {problem}")
+    return Choice(op, device, dtype, "torch", "; ".join(rejected) or "first choice")
 
 
 def unavailable(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run an op here, or None when it can."""
+    if name == "torch":
+        return None
     if dtype not in DTYPES[name]:
         return f"no {str(dtype).removeprefix('torch.')}"
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device != DEVICE_OF[name] and not (interpreted and device == "cpu"):
-        return f"runs on {DEVICE_OF[name]} tensors"
+    if device != DEVICES[name] and not (interpreted and device == "cpu"):
+        return f"runs on {DEVICES[name]} tensors"
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
         _module(op, name)
     except ModuleNotFoundError as e:
-        return f"no kernel for {op}" if e.name == f"{__package__}.{name}.{op}" else f"not built ({e.name})"
+        return "no kernel" if e.name == f"{__package__}.{name}.{op}" else f"not built ({e.name})"
     except ImportError as e:
         return f"not built ({e})"
     return None
 
 
 @functools.cache
-def _forced() -> dict[str, str]:
+def _forced() -> dict[str, tuple[str, bool]]:
+    """Backend of each op that QWEN3_BACKEND names, and whether the op itself was named (then it must run)."""
     text = os.environ.get("QWEN3_BACKEND", "").strip()
     if not text:
         return {}
     pairs = [p.split("=", 1) if "=" in p else ("*", p) for p in text.split(",")]
-    forced: dict[str, str] = {}
+    forced: dict[str, tuple[str, bool]] = {}
     for op, name in pairs:
         if op not in (*OPS, "*") or name not in BACKENDS:
             raise ValueError(
                 f"QWEN3_BACKEND is {text!r}; expected a backend of {BACKENDS} or a list op=backend with ops of {OPS}"
             )
-        forced.update({o: name for o in OPS} if op == "*" else {op: name})
+        forced.update({o: (name, False) for o in OPS} if op == "*" else {op: (name, True)})
     return forced
 
 

@@ -1,7 +1,4 @@
-"""Qwen3's chat format: messages to prompt text, generated ids back to thinking, answer and tool calls.
-
-`render` gives the text of the chat templates in the tokenizer_config.json of Qwen3 and of its 2507 releases.
-"""
+"""Qwen3's chat format: messages to prompt text, generated ids back to thinking, answer and tool calls."""
 
 from __future__ import annotations
 
@@ -14,32 +11,25 @@ from typing import Any
 
 from .tokenizer import Tokenizer
 
-VARIANTS = ("hybrid", "instruct-2507", "thinking-2507")
+# The values of enable_thinking that each released template can honour.
+VARIANTS = {"hybrid": (None, True, False), "instruct-2507": (None, False), "thinking-2507": (None, True)}
 _FIELDS = {role: {"role", "content", "name", "tool_call_id"} for role in ("system", "user", "assistant", "tool")}
 _FIELDS["assistant"] |= {"reasoning_content", "tool_calls"}
-_TOOLS = """# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{signatures}
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""
+_TOOLS = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{}\n</tools>\n\n"
+    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
+    'XML tags:\n<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>'
+)
+_TOOL_RESULT = re.compile("<tool_response>.*</tool_response>", re.DOTALL)
 # ASCII only: Chinese text puts no space before a switch, while "a/think" and "/thinking" are none.
 _SWITCH = re.compile(r"(?<![\w/])/(no_)?think(?![\w/-])", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """One completion, split.
-
-    `thinking` is None without a think block and "" for an empty one; `complete` is False if it was cut off in there.
-    `tool_calls` are {"name": str, "arguments": dict}; `invalid_tool_calls` are pairs of the call's text and the reason.
+    """One completion. `thinking` is None without a think block, "" for an empty one; `complete` is False if the block
+    was cut off. `tool_calls` are {"name": str, "arguments": dict}, `invalid_tool_calls` are (text of the call, reason).
     """
 
     thinking: str | None
@@ -63,7 +53,6 @@ def render(
     variant: str = "hybrid",
 ) -> str:
     """The prompt text of a conversation, as the official template of the `variant` writes it.
-
     A message has `role` (system, user, assistant, tool) and `content` (a string; None only beside `tool_calls`); an
     assistant message may have `reasoning_content` and `tool_calls` ({"name", "arguments"}, plain or as "function";
     arguments a dict or its JSON text). Thinking before the last user query is dropped; instruct-2507 has none at all.
@@ -71,16 +60,14 @@ def render(
     Raises ValueError naming the option, or the message's index and field.
     """
     _check_messages(messages)
-    _check(variant in VARIANTS, "variant", f"one of {VARIANTS}", variant)
+    _check(variant in tuple(VARIANTS), "variant", f"one of {tuple(VARIANTS)}", variant)
     _check(isinstance(add_generation_prompt, bool), "add_generation_prompt", "a bool", add_generation_prompt)
-    fixed = {"instruct-2507": False, "thinking-2507": True}
-    allowed = (None, fixed[variant]) if variant in fixed else (None, True, False)
-    _check(any(enable_thinking is value for value in allowed), "enable_thinking", f"one of {allowed}", enable_thinking)
+    allowed = any(enable_thinking is value for value in VARIANTS[variant])
+    _check(allowed, "enable_thinking", f"one of {VARIANTS[variant]} for {variant}", enable_thinking)
     _check(tools is None or isinstance(tools, (list, tuple)), "tools", "a list of dicts", tools)
     turns: list[list[str]] = []
     if tools:
-        lines = (_json(tool, f"tools[{i}]") for i, tool in enumerate(tools))
-        turns.append(["system", _TOOLS.format(signatures="\n".join(lines))])
+        turns.append(["system", _TOOLS.format("\n".join(_json(t, f"tools[{i}]") for i, t in enumerate(tools)))])
     last_query = max((i for i, message in enumerate(messages) if _is_query(message)), default=len(messages))
     for i, message in enumerate(messages):
         role, content = message["role"], message.get("content") or ""
@@ -91,15 +78,14 @@ def render(
         elif role == "tool":
             turns.append(["user", f"<tool_response>\n{content}\n</tool_response>"])
         elif role == "assistant":
-            final = i == len(messages) - 1 if i > last_query else None
-            turns.append([role, _assistant_text(message, content, f"messages[{i}]", variant, final)])
+            recent, last = i > last_query, i == len(messages) - 1
+            turns.append([role, _assistant_text(message, f"messages[{i}]", variant, recent, last)])
         else:
             turns.append([role, content])
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-    opening = "<think>\n" if variant == "thinking-2507" else ""
-    if variant == "hybrid" and enable_thinking is False:
-        opening = "<think>\n\n</think>\n\n"
-    return text + f"<|im_start|>assistant\n{opening}" if add_generation_prompt else text
+    no_thinking = "<think>\n\n</think>\n\n" if enable_thinking is False else ""
+    reply = {"hybrid": no_thinking, "instruct-2507": "", "thinking-2507": "<think>\n"}[variant]
+    return text + f"<|im_start|>assistant\n{reply}" if add_generation_prompt else text
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
@@ -119,7 +105,6 @@ def thinking_mode(messages: Sequence[Mapping[str, Any]], enable_thinking: bool |
 
 def parse(ids: Sequence[int], tokenizer: Tokenizer, *, thinking_open: bool = False) -> Parsed:
     """Splits the ids of one completion, up to its first stop token, by the ids of `</think>` and `<tool_call>`.
-
     Thinking is what precedes the last `</think>`. Without one it is all that follows a leading `<think>`, or all there
     is when the prompt ended in `<think>` (`thinking_open=True`, thinking-2507). Takes whatever a model may generate.
     """
@@ -128,34 +113,31 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer, *, thinking_open: bool = Fal
     closed = end_think in ids
     split = len(ids) - ids[::-1].index(end_think) if closed else len(ids)
     head, tail = ids[: split - closed], ids[split:]
-    lead = head.index(think) if think in head else 0
-    leads = think in head and not tokenizer.decode(head[:lead]).strip()
-    thinking = None
-    if closed or leads or thinking_open:
-        thinking = tokenizer.decode(head[lead + 1 :] if leads else head, skip_special=True).strip("\n")
-    else:
-        tail = head
+    lead = head.index(think) if think in head else None
+    if lead is not None and not tokenizer.decode(head[:lead]).strip():
+        head, thinking_open = head[lead + 1 :], True
+    thinks = closed or thinking_open
+    thinking = tokenizer.decode(head, skip_special=True).strip("\n") if thinks else None
     content, calls, invalid = [], [], []
-    for is_call, segment in _segments(tail, tokenizer.token_id("<tool_call>"), tokenizer.token_id("</tool_call>")):
+    opens, closes = tokenizer.token_id("<tool_call>"), tokenizer.token_id("</tool_call>")
+    for is_call, segment in _segments(tail if thinks else head, opens, closes):
         text = tokenizer.decode(segment, skip_special=True).strip("\n")
-        if not is_call:
+        if is_call:
+            try:
+                calls.append(_read_call(text))
+            except (ValueError, RecursionError) as error:
+                invalid.append((text, str(error)))
+        elif text:
             content.append(text)
-            continue
-        try:
-            calls.append(_read_call(text))
-        except (ValueError, RecursionError) as error:
-            invalid.append((text, str(error)))
-    return Parsed(thinking, "\n".join(filter(None, content)), calls, invalid, closed or thinking is None)
+    return Parsed(thinking, "\n".join(content), calls, invalid, closed or not thinks)
 
 
 def _segments(ids: list[int], opens: int, closes: int) -> Iterator[tuple[bool, list[int]]]:
     start, is_call = 0, False
-    for i, token in enumerate(ids):
+    for i, token in enumerate([*ids, opens]):
         if token == opens or (is_call and token == closes):
             yield is_call, ids[start:i]
             start, is_call = i + 1, token == opens
-    if is_call or start < len(ids):
-        yield is_call, ids[start:]
 
 
 def _read_call(text: str) -> dict[str, Any]:
@@ -167,27 +149,25 @@ def _read_call(text: str) -> dict[str, Any]:
 
 
 def _is_query(message: Mapping[str, Any]) -> bool:
-    is_result = str(message.get("content")).startswith("<tool_response>") and message["content"].endswith("</tool_response>")
-    return message["role"] == "user" and not is_result
+    return message["role"] == "user" and not _TOOL_RESULT.fullmatch(message["content"])
 
 
-def _assistant_text(message: Mapping[str, Any], content: str, at: str, variant: str, final: bool | None) -> str:
-    """`final`: whether this is the last message, None for a turn before the last query."""
+def _assistant_text(message: Mapping[str, Any], at: str, variant: str, recent: bool, last: bool) -> str:
+    thinks, content = variant != "instruct-2507", message.get("content") or ""
     reasoning = message.get("reasoning_content")
-    if variant != "instruct-2507" and reasoning is None and "</think>" in content:
+    if thinks and reasoning is None and "</think>" in content:
         reasoning = content.split("</think>")[0].split("<think>")[-1].strip("\n")
         content = content.split("</think>")[-1].lstrip("\n")
     calls = [_call_text(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(message.get("tool_calls") or ())]
     calls_text = ("\n" if content and calls else "") + "\n".join(calls)
-    if variant != "instruct-2507" and final is not None and (final or reasoning):
+    if thinks and recent and (last or reasoning):
         content = "<think>\n" + (reasoning or "").strip("\n") + "\n</think>\n\n" + content.lstrip("\n")
     return content + calls_text
 
 
 def _call_text(call: Any, at: str) -> str:
-    _check(isinstance(call, Mapping), at, "a dict with name and arguments", call)
-    function = call.get("function") or call
-    _check(isinstance(function, Mapping), f"{at}.function", "a dict with name and arguments", function)
+    function = call.get("function") or call if isinstance(call, Mapping) else None
+    _check(isinstance(function, Mapping), at, 'a dict with name and arguments, plain or as "function"', call)
     name, arguments = function.get("name"), function.get("arguments")
     _check(isinstance(name, str) and name, f"{at}.name", "a non-empty string", name)
     _check(isinstance(arguments, (str, dict)), f"{at}.arguments", "a dict or its JSON text", arguments)
@@ -208,13 +188,13 @@ def _check_messages(messages: Any) -> None:
     for i, message in enumerate(messages):
         at = f"messages[{i}]"
         _check(isinstance(message, Mapping), at, "a dict with role and content", message)
-        role, calls, reasoning = message.get("role"), message.get("tool_calls"), message.get("reasoning_content")
+        role, content = message.get("role"), message.get("content")
+        calls, reasoning = message.get("tool_calls"), message.get("reasoning_content")
         _check(isinstance(role, str) and role in _FIELDS, f"{at}.role", f"one of {tuple(_FIELDS)}", role)
         for name, value in message.items():
             _check(name in _FIELDS[role] or not value, f"{at}.{name}", f"no such field in a {role} message", value)
         _check(isinstance(calls, (list, tuple, type(None))), f"{at}.tool_calls", "a list", calls)
         _check(isinstance(reasoning, (str, type(None))), f"{at}.reasoning_content", "a string", reasoning)
-        content = message.get("content")
         _check(isinstance(content, str) or (content is None and calls), f"{at}.content", "a string", content)
 
 

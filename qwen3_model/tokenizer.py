@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, pre_tokenizers, trainers
+from tokenizers import decoders, trainers
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -32,15 +32,13 @@ _OTHERS = [b for b in range(256) if b not in _PRINTABLE]
 _BYTE_CHAR = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(_OTHERS)}
 _CHAR_BYTE = {char: byte for byte, char in _BYTE_CHAR.items()}
 _REPLACEMENT = "\ufffd".encode()
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` (`.backend`) with Qwen3's added tokens. `vocab_size`, the largest id + 1, is 151,669 for
-    Qwen3; its embedding has more rows, 151,936."""
+    Qwen3; its embedding has more rows, 151,936. Raises ValueError for a backend of another kind, naming `source`."""
 
     def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
-        """Raises ValueError, naming `source`, for a backend that is not byte-level or lacks one of ADDED_TOKENS."""
         self._added = backend.get_added_tokens_decoder()
         if missing := ADDED_TOKENS.keys() - {token.content for token in self._added.values()}:
             raise ValueError(f"{source}: not a Qwen3 tokenizer, it lacks the added tokens {' '.join(sorted(missing))}")
@@ -86,7 +84,7 @@ class Tokenizer:
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"text {index}: expected str, got {type(text).__name__}")
-            if found := _SURROGATE.search(text):
+            if found := re.search("[\ud800-\udfff]", text):
                 raise ValueError(f"text {index}: lone surrogate at character {found.start()}, not valid Unicode")
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -133,7 +131,6 @@ class TextStream:
 
 def from_ranks(path: str | Path) -> Tokenizer:
     """Builds Qwen3's tokenizer from tiktoken ranks (`qwen.tiktoken`: lines of base64 token and rank).
-
     tiktoken merges any adjacent pair whose union has the lowest rank; a tokenizer.json names one pair per token. That
     pair is what the token's bytes become under the merges of lower rank. Raises ValueError for a malformed file and for
     ranks that no BPE training gives.
@@ -158,7 +155,6 @@ def from_ranks(path: str | Path) -> Tokenizer:
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
     """Trains a byte-level BPE on `texts` with Qwen3's normaliser and regex, and saves it as a tokenizer.json.
-
     `vocab_size` counts everything: 256 bytes, merges, then the 26 added tokens. Raises ValueError when it is too small
     for bytes and added tokens or larger than the corpus can fill.
     """
@@ -168,9 +164,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
     if base < 256:
         raise ValueError(f"vocab_size {vocab_size}: must be at least {256 + len(ADDED_TOKENS)} (bytes + added tokens)")
     backend = _pipeline({}, [])
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=base, min_frequency=2, show_progress=False, initial_alphabet=alphabet)
-    backend.train_from_iterator(texts, trainer)
+    fixed = {"show_progress": False, "initial_alphabet": list(_CHAR_BYTE)}
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=base, min_frequency=2, **fixed))
     if (learnt := backend.get_vocab_size()) < base:
         raise ValueError(f"vocab_size {vocab_size}: the corpus only fills {learnt + len(ADDED_TOKENS)}")
     tokenizer = Tokenizer(_add_tokens(backend), str(path))

@@ -1,0 +1,1 @@
+"""Token shards on disk, and the loader that packs them into training batches."""
