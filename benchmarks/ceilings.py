@@ -1,0 +1,44 @@
+"""What this machine can do: copy bandwidth and matrix-product rate, measured on random data.
+
+Every percentage in a benchmark table is of these, never of a datasheet.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .harness import Clock, median
+
+
+def measure(device: str, quick: bool = False) -> dict[str, float]:
+    """``copy_gbps`` (bytes read + written) and ``gemm_<dtype>_tflops`` (best of the sizes tried)."""
+    clock = Clock(device)
+    reps = 3 if quick else 9
+    ceilings = {"copy_gbps": _copy(clock, device, quick, reps)}
+    for dtype in ((torch.bfloat16, torch.float32) if device == "cpu" else (torch.bfloat16,)):
+        sizes = ((256,) if quick else (1024, 2048)) if device == "cpu" else ((2048,) if quick else (4096, 8192))
+        rates = [_gemm(clock, device, dtype, n, reps) for n in sizes]
+        ceilings[f"gemm_{short_name(dtype)}_tflops"] = max(rates)
+    return ceilings
+
+
+def short_name(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}[dtype]
+
+
+def _copy(clock: Clock, device: str, quick: bool, reps: int) -> float:
+    n = 2**20 if quick else (2**26 if device == "cpu" else 2**30)
+    source = torch.randn(n, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    call = [lambda: target.copy_(source)]
+    clock.time(call)
+    ms = median([clock.time(call) for _ in range(reps)])
+    return 2 * source.nbytes / ms * 1e-6
+
+
+def _gemm(clock: Clock, device: str, dtype: torch.dtype, n: int, reps: int) -> float:
+    a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    call = [lambda: a @ b] * 3
+    clock.time(call)
+    ms = median([clock.time(call) for _ in range(reps)])
+    return 2 * n**3 / ms * 1e-9

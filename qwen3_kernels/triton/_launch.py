@@ -1,0 +1,76 @@
+"""What the Triton backends share: layout of the arguments, device facts, and the ordered sum of partial gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def row_major(t: Tensor) -> Tensor:
+    """The tensor itself when its last dimension is contiguous, else a copy."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def on_device(t: Tensor):
+    """Context in which launches go to the GPU of ``t``; Triton itself launches on the current one."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU. Elsewhere 4, so that interpreted persistent programs loop, too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def power_of_two_divisor(n: int, most: int) -> int:
+    """Largest power of two that divides ``n`` and is at most ``most`` (itself a power of two)."""
+    return min(n & -n, most)
+
+
+@triton.jit
+def load(pointers, mask):
+    """Load with zeros outside the mask; ``mask`` may be None."""
+    if mask is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["split", "P"])
+def _sum_partials_kernel(
+    partial, first, second, split, P, H, DEPTH: tl.constexpr, WIDTH: tl.constexpr
+):
+    begin = 0
+    end = split
+    if tl.program_id(1) == 1:
+        begin = split
+        end = P
+    cols = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([DEPTH, WIDTH], tl.float32)
+    for start in range(begin, end, DEPTH):
+        rows = start + tl.arange(0, DEPTH)[:, None]
+        total += tl.load(partial + rows * H + cols[None, :], mask=(rows < end) & (cols < H)[None, :], other=0.0)
+    out = tl.sum(total, 0)
+    if tl.program_id(1) == 0:
+        tl.store(first + cols, out.to(first.dtype.element_ty), mask=cols < H)
+    else:
+        tl.store(second + cols, out.to(second.dtype.element_ty), mask=cols < H)
+
+
+def sum_partials(partial: Tensor, first: Tensor, second: Tensor | None = None, split: int | None = None) -> None:
+    """first = partial[:split].sum(0), second = partial[split:].sum(0), in an order fixed by the shape; one launch.
+
+    Args: partial [P, H] float32, contiguous; first, second [H] of any floating dtype, written.
+    """
+    P, H = partial.shape
+    # 32 columns are one 128-byte line a row; 128 rows at once leave about four rounds of L2 latency for 500 partials.
+    grid = (triton.cdiv(H, 32), 1 if second is None else 2)
+    _sum_partials_kernel[grid](
+        partial, first, first if second is None else second, P if split is None else split, P, H,
+        DEPTH=128, WIDTH=32, num_warps=8,
+    )

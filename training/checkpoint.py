@@ -1,0 +1,140 @@
+"""Checkpoints that are whole or absent: written aside, synced, then renamed.
+
+``checkpoints/step-00000123/`` holds the model as transformers reads it (safetensors, config.json), ``optimizer.safetensors``
+(optimizer state, master weights, RNG states) and ``state.json`` (step, the caller's fields, the size of every file).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwen3_model import load as model_io
+from qwen3_model.model import Qwen3
+
+from .optim import AdamW
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk. ``fields`` is what the caller stored with it."""
+
+    path: Path
+    step: int
+    fields: dict[str, Any]
+
+    def load_model(self, device: str | torch.device) -> Qwen3:
+        """The model in the dtype it was saved in."""
+        return model_io.load(self.path, device=device)
+
+    def restore(self, optimizer: AdamW) -> None:
+        """Puts the optimizer and the random generators where they were. Raises ValueError for a state that does not
+        fit the model or is damaged."""
+        try:
+            tensors = load_file(self.path / "optimizer.safetensors")
+        except SafetensorError as e:
+            raise ValueError(f"{self.path / 'optimizer.safetensors'} is damaged: {e}") from e
+        torch.set_rng_state(tensors.pop("rng.cpu"))
+        cuda = [tensors.pop(k) for k in sorted(tensors) if k.startswith("rng.cuda")]
+        if cuda and len(cuda) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(cuda)
+        optimizer.load_state_tensors(tensors)
+
+
+def save(
+    folder: Path, step: int, model: Qwen3, optimizer: AdamW, fields: dict[str, Any], *, keep: int = 2,
+    extra_files: tuple[Path, ...] = (),
+) -> Path:
+    """Writes the checkpoint of ``step`` (steps done) and deletes all but the newest ``keep``. ``extra_files`` (a
+    tokenizer) are copied in. On any failure nothing is left behind and the error is raised."""
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; expected at least 1")
+    final = folder / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    tmp = folder / f".{final.name}.tmp"
+    try:
+        tmp.mkdir()
+        model_io.save(model, tmp)
+        save_file(_contiguous(optimizer.state_tensors() | _rng_states()), tmp / "optimizer.safetensors")
+        for file in extra_files:
+            shutil.copyfile(file, tmp / file.name)
+        sizes = {p.name: p.stat().st_size for p in sorted(tmp.iterdir())}
+        (tmp / "state.json").write_text(json.dumps({"step": step, "fields": fields, "files": sizes}, indent=1))
+        for path in (*tmp.iterdir(), tmp):
+            _fsync(path)
+        _remove(final)  # a run that was resumed from an older checkpoint writes this step again
+        tmp.rename(final)
+        _fsync(folder)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    for old in sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name))[:-keep]:
+        _remove(old)
+    return final
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint in ``folder``, or None. Incomplete ones are passed over with a warning."""
+    if not folder.is_dir():
+        return None
+    for path in sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True):
+        try:
+            return read(path)
+        except ValueError as e:
+            warnings.warn(f"checkpoint passed over: {e}", stacklevel=2)
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in one folder. Raises ValueError when it is incomplete, naming the file."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        step, fields, files = state["step"], state["fields"], state["files"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}/state.json cannot be read: {e!r}") from e
+    for name, size in files.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else "no"
+        if found != size:
+            raise ValueError(f"{path / name} has {found} bytes; state.json says {size}")
+    return Checkpoint(path, step, fields)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a checkpoint so that a half-deleted one is never taken for complete."""
+    if path.exists():
+        aside = path.with_name(f".{path.name}.old.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _rng_states() -> dict[str, Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"rng.cpu": torch.get_rng_state()} | {f"rng.cuda.{i:03d}": s for i, s in enumerate(cuda)}
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().contiguous() for k, v in tensors.items()}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
