@@ -4,8 +4,8 @@ Method. For each case every implementation is first compared with a float32 refe
 wrong one is reported and not timed. Then, in one process and one mode at a time, the implementations take turns
 (`interleave`): each turn is one batch of calls, one call per input set, and the sets together exceed the last-level
 cache several times, so no call finds its inputs there. A row holds the median over the turns and the 20th and 80th
-percentile. On CUDA a batch is timed with events while the stream is held back by a spinning kernel, so that the queue is
-full and the times are the device's own, free of launch gaps.
+percentile. On CUDA a batch is timed with events behind a spinning kernel that holds the stream back, so that the queue
+is full and the times are the device's own, free of launch gaps.
 
 Modes: ``fwd`` without autograd, ``bwd`` the backward alone, ``fwdbwd`` both as in training, ``step`` a generated token.
 """
@@ -29,9 +29,10 @@ from torch import Tensor
 from qwen3_kernels import __version__, dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
-# ‖got − want‖ / ‖want‖: half-precision results differ by a few roundings of 2^-9; float32 ones by the order of long sums.
+# ‖got − want‖ / ‖want‖: half-precision results differ by a few roundings of 2^-9, float32 ones by the order of sums.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 WORST_ROW = 5.0  # a single row may be this much worse than the whole
+MODES = ("fwd", "bwd", "fwdbwd", "step")
 MAX_SETS = 32
 
 Thunk = Callable[[], object]
@@ -75,10 +76,11 @@ class Case:
         bytes: mode -> the fewest bytes the op must move (each input read once, each output written once).
         flops: mode -> floating-point operations.
         ceiling: the key of the ceilings that bounds the op, ``copy_gbps`` or ``gemm_*_tflops``.
-        compare: (outputs, reference outputs) -> error in units of nothing; default `relative_error`.
+        compare: (outputs, reference outputs) -> error to hold against ``tolerance``; default `relative_error`.
         context: what peers need to know besides the inputs.
         steps: a call does this many steps; ms is per step.
         tokens: tokens a step handles, reported as tokens/s.
+        sets: number of input sets; None for as many as the cache asks for.
     """
 
     op: str
@@ -96,6 +98,7 @@ class Case:
     context: dict = field(default_factory=dict)
     steps: int = 1
     tokens: int | None = None
+    sets: int | None = None
 
 
 @dataclass
@@ -135,7 +138,7 @@ class Settings:
     def for_run(cls, device: str, quick: bool) -> Settings:
         if quick:
             return cls(device, turns=3, seconds=0.5)
-        return cls(device, turns=25, seconds=2.0) if device == "cuda" else cls(device, turns=15, seconds=4.0)
+        return cls(device, turns=25, seconds=1.5) if device == "cuda" else cls(device, turns=15, seconds=1.0)
 
 
 # --- Time.
@@ -185,7 +188,7 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 def interleave(names: Sequence[str], turns: int) -> Iterator[str]:
-    """Every name once per turn; each turn starts one further on, so that none always follows the same neighbour's end."""
+    """Every name once per turn; each turn starts one further on, so that none is always first."""
     for turn in range(turns):
         first = turn % len(names)
         yield from (*names[first:], *names[:first])
@@ -199,7 +202,8 @@ def as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """The larger of ‖got − want‖ / ‖want‖ and a `WORST_ROW`-th of the same for the worst row; inf for NaN or a wrong shape.
+    """The larger of ‖got − want‖ / ‖want‖ and a `WORST_ROW`-th of the same for the worst row; inf for NaN or another
+    shape.
 
     A row's norm counts as at least the typical row's, so that rows that ought to be near zero do not divide by nothing.
     """
@@ -254,13 +258,13 @@ def _on_backend(fn: Callable, op: str, backend: str) -> Callable:
 
 
 def number_of_sets(set_bytes: int, device: str, quick: bool = False) -> int:
-    """Enough sets to exceed the last-level cache four times; at least three (two, when one alone exceeds it)."""
+    """Enough sets to exceed a GPU's last-level cache four times, at least three."""
     if quick:
         return 2
     if device == "cpu":
-        return 3  # enough for the private caches; a shared one of hundreds of MB would take the inputs of minutes
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return min(max(math.ceil(4 * cache / set_bytes), 2 if set_bytes > 4 * cache else 3), MAX_SETS)
+        return 3  # enough for the private caches; the shared one can be larger than any sensible input
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return min(max(math.ceil(4 * cache / set_bytes), 3), MAX_SETS)
 
 
 def set_bytes(data: InputSet) -> int:
@@ -328,7 +332,7 @@ def run_case(
     whose import or set-up failed: it becomes a row."""
     torch.manual_seed(0)
     first = case.make(0)
-    count = number_of_sets(set_bytes(first), settings.device, quick)
+    count = case.sets or number_of_sets(set_bytes(first), settings.device, quick)
     sets = [first, *(case.make(seed) for seed in range(1, count))]
     want = case.reference(first)
     problems: dict[tuple[str, str], str] = {}
@@ -340,7 +344,9 @@ def run_case(
             if isinstance(impl, Exception):
                 raise impl
             own_sets[name] = [InputSet(impl.adapt(s.inputs), s.cotangents) for s in sets] if impl.adapt else sets
-            found, errors[name] = check(case, impl, own_sets[name][0], want)
+            found, error = check(case, impl, own_sets[name][0], want)
+            if math.isfinite(error):  # JSON has no infinity
+                errors[name] = error
         except Exception as e:
             found = dict.fromkeys((getattr(impl, "modes", None) or case.modes), describe(e))
         problems |= {(name, mode): text for mode, text in found.items()}
@@ -373,7 +379,7 @@ def _run_mode(suite, case, mode, names, impls, own_sets, problems, errors, setti
         except Exception as e:
             rows[name].error = describe(e)
     if times:
-        fit = int(settings.seconds * len(times) / 2 / max(sum(warm.values()), 1e-9))
+        fit = int(settings.seconds / max(sum(warm.values()), 1e-9))
         turns = max(settings.min_turns, min(settings.turns, fit))
         for name in interleave(list(times), turns):
             if rows[name].error is None:
@@ -437,7 +443,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def versions(distributions: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of python, this package and the installed ones among torch, triton, transformers and ``distributions``."""
+    """Versions of python, this package, torch, and what is installed of triton, transformers and ``distributions``."""
     found = {n: version_of(n) for n in ("triton", "transformers", *distributions)}
     own = {"python": platform.python_version(), "qwen3_kernels": __version__, "torch": torch.__version__}
     if torch.version.cuda:

@@ -51,7 +51,7 @@ class SamplingParams:
     Attributes:
         temperature: divides the logits; 0 is greedy, and then the filters do nothing.
         top_k: keep the k most likely tokens, and those tied with the k-th; 0 keeps all.
-        top_p: keep the smallest set of most likely tokens whose probabilities sum to top_p, and those tied with its last.
+        top_p: keep the fewest most likely tokens whose probabilities sum to top_p, and those tied with the last.
         min_p: keep the tokens at least min_p times as likely as the most likely one.
         presence_penalty: subtracted from the logits of tokens already generated (not of those in the prompt).
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or generated
@@ -139,7 +139,7 @@ class Sampler:
             "step": column(torch.int64, [0] * len(params)),
             "greedy": column(torch.bool, [p.temperature == 0 for p in params]),
             "temperature": column(torch.float32, [p.temperature or 1.0 for p in params]),
-            "top_k": column(torch.int64, [min(p.top_k or vocab_size, vocab_size) if p.temperature else 1 for p in params]),
+            "top_k": column(torch.int64, [_candidates(p, vocab_size) for p in params]),
             "top_p": column(torch.float32, [p.top_p for p in params]),
             "min_p": column(torch.float32, [p.min_p for p in params]),
             "presence": column(torch.float32, [p.presence_penalty for p in params]),
@@ -176,7 +176,8 @@ class Sampler:
         if self._all_greedy:
             return best[:, 0]
         r = self._rows
-        scores, tokens = keep_likely((scores - peak) / r["temperature"], r["top_k"], r["top_p"], r["min_p"], self._width)
+        scores = (scores - peak) / r["temperature"]
+        scores, tokens = keep_likely(scores, r["top_k"], r["top_p"], r["min_p"], self._width)
         key = _hash(r["seed"], r["step"])
         drawn = (scores + gumbel(key, tokens)).argmax(-1, keepdim=True)
         return torch.where(r["greedy"], best, tokens.expand_as(scores).gather(1, drawn))[:, 0]
@@ -224,8 +225,8 @@ def keep_likely(
     """Filters scores [B, V] by top_k (int64, V keeps all), top_p and min_p, each [B, 1].
 
     Returns candidates' scores [B, W], -inf for the dropped, and their token ids [B or 1, W]. `width` bounds the
-    candidates of every row: V with top_p alone, None when no row has top_k < V or top_p < 1. Every filter is a threshold
-    on the score, so tied tokens stay or go together, whatever order they are found in.
+    candidates of every row: V with top_p alone, None when no row has top_k < V or top_p < 1. Every filter is a
+    threshold on the score, so tied tokens stay or go together, whatever order they are found in.
     """
     vocab_size = scores.shape[-1]
     if width is None:
@@ -242,6 +243,11 @@ def keep_likely(
     nucleus = ((more_likely < top_p) | (top_p >= 1)).sum(-1, keepdim=True).clamp(min=1)
     floor = torch.maximum(ordered.gather(1, nucleus - 1), ordered[:, :1] + min_p.log())
     return ordered.masked_fill(dropped | (ordered < floor), -math.inf), tokens
+
+
+def _candidates(p: SamplingParams, vocab_size: int) -> int:
+    """top_k with V for none; 1 for greedy rows, so that they do not make the others sort the whole vocabulary."""
+    return min(p.top_k or vocab_size, vocab_size) if p.temperature else 1
 
 
 def gumbel(key: Tensor, tokens: Tensor) -> Tensor:

@@ -64,11 +64,10 @@ def save(
         raise ValueError(f"keep is {keep}; expected at least 1")
     final = folder / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):  # of a process that was killed
+    for leftover in folder.glob(".*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     tmp = folder / f".{final.name}.tmp"
     try:
-        tmp.mkdir()
         model_io.save(model, tmp)
         save_file(_contiguous(optimizer.state_tensors() | _rng_states()), tmp / "optimizer.safetensors")
         for file in extra_files:

@@ -20,8 +20,9 @@ def lr_scale(
 ) -> float:
     """Factor of the peak learning rate at ``step`` in [0, total).
 
-    Linear warm-up to 1 over ``warmup`` steps, then for "cosine" half a cosine down to ``floor`` at the last step; for
-    "wsd" a plateau and, in the last ``decay`` steps (default a fifth of all), 1 - sqrt down to ``floor``.
+    Linear warm-up over ``warmup`` steps, then for "cosine" half a cosine towards ``floor``; for "wsd" a plateau and, over
+    the last ``decay`` steps (default a fifth of all), 1 - sqrt towards ``floor``. ``floor`` would be reached at step
+    ``total``, so that no step is spent at a rate of zero.
 
     Raises:
         ValueError: an unknown schedule, or lengths that do not fit in ``total``.
@@ -38,9 +39,9 @@ def lr_scale(
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "cosine":
-        done = (step - warmup + 1) / (total - warmup)
+        done = (step - warmup) / (total - warmup)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-    done = max(0, step - (total - decay) + 1) / max(decay, 1)
+    done = max(0, step - (total - decay)) / max(decay, 1)
     return floor + (1 - floor) * (1 - math.sqrt(done))
 
 

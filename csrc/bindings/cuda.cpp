@@ -1,5 +1,6 @@
 #include "bindings/bindings.h"
 #include "cuda/kernels.h"
+#include "cuda/linear_cross_entropy.h"
 
 using namespace qwen3;
 
@@ -14,5 +15,14 @@ PYBIND11_MODULE(_cuda, m) {
                                 uintptr_t rstd, TensorArg dx, TensorArg dweight, uintptr_t partial, uintptr_t stream) {
     cuda::rms_norm_backward({n, h, rows(dy), rows(dsum), rows(sum), rows(weight), pointer(rstd), rows(dx), rows(dweight),
                              pointer(partial)}, stream);
+  });
+  m.def("linear_cross_entropy_scratch", &cuda::linear_cross_entropy_scratch, "Floats of scratch that a chunk needs.");
+  m.def("linear_cross_entropy", [](int64_t n, int64_t h, int64_t v, TensorArg hidden, TensorArg head, uintptr_t labels,
+                                   int64_t ignore_index, float inverse_temperature, float z_loss, uintptr_t weight,
+                                   uintptr_t nll, uintptr_t lse, uintptr_t entropy, TensorArg unnormalised,
+                                   TensorArg scaled_hidden, uintptr_t row_scale, uintptr_t scratch, uintptr_t stream) {
+    cuda::linear_cross_entropy({n, h, v, rows(hidden), rows(head), pointer<int64_t>(labels), ignore_index,
+                                inverse_temperature, z_loss, pointer(weight), pointer(nll), pointer(lse), pointer(entropy),
+                                rows(unnormalised), rows(scaled_hidden), pointer(row_scale), pointer(scratch)}, stream);
   });
 }

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import load, multiprocessors, on_device, row_major, sum_partials
+from ._launch import cast, load, multiprocessors, on_device, row_major, sum_partials
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -22,10 +22,11 @@ def _forward_kernel(
     if BLOCK != H:
         mask = (rows < N) & (cols < H)
     elif not FULL:
-        mask = (rows < N) & (cols >= 0)
+        mask = rows < N
     v = load(x + rows * x_stride + cols, mask).to(tl.float32)
+    w = load(weight + cols, None if BLOCK == H else cols < H)  # asked for here, it arrives while the row is summed
     if residual is not None:
-        total = (v + load(residual + rows * residual_stride + cols, mask).to(tl.float32)).to(h.dtype.element_ty)
+        total = cast(v + load(residual + rows * residual_stride + cols, mask).to(tl.float32), h.dtype.element_ty)
         tl.store(h + rows * H + cols, total, mask=mask)
         v = total.to(tl.float32)  # what is normalised is the rounded sum, as it is what the next layer sees
     scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(v * v, 1, keep_dims=True) / H + eps))
@@ -33,8 +34,7 @@ def _forward_kernel(
         tl.store(rstd + rows, scale)
     else:
         tl.store(rstd + rows, scale, mask=rows < N)
-    w = load(weight + cols, None if BLOCK == H else cols < H).to(tl.float32)
-    tl.store(y + rows * H + cols, (v * scale * w).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + rows * H + cols, cast(v * scale * w.to(tl.float32), y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -46,24 +46,24 @@ def _backward_kernel(
     first = tl.program_id(0) * ROWS
     lane = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
-    inside = cols < H if BLOCK != H else cols >= 0
-    w = load(weight + cols, None if BLOCK == H else inside).to(tl.float32)
+    inside = None if BLOCK == H else cols < H
+    w = load(weight + cols, inside).to(tl.float32)
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
 
     # The next tile is loaded before this one is worked on: with few programs, nothing else would hide the latency.
     rows = (first + lane).to(tl.int64)
-    mask = (rows < N) & inside
+    mask = rows < N if BLOCK == H else (rows < N) & (cols < H)
     next_h = tl.load(h + rows * h_stride + cols, mask=mask, other=0.0)
     next_dy = tl.load(dy + rows * dy_stride + cols, mask=mask, other=0.0)
     for start in range(first, N, step):
         rows = (start + lane).to(tl.int64)
-        mask = (rows < N) & inside
+        mask = rows < N if BLOCK == H else (rows < N) & (cols < H)
         this_h, this_dy = next_h, next_dy
         scale = tl.load(rstd + rows, mask=rows < N, other=0.0)
         if dh is not None:
             this_dh = tl.load(dh + rows * dh_stride + cols, mask=mask, other=0.0)
         ahead = rows + step
-        ahead_mask = (ahead < N) & inside
+        ahead_mask = ahead < N if BLOCK == H else (ahead < N) & (cols < H)
         next_h = tl.load(h + ahead * h_stride + cols, mask=ahead_mask, other=0.0)
         next_dy = tl.load(dy + ahead * dy_stride + cols, mask=ahead_mask, other=0.0)
 
@@ -75,7 +75,7 @@ def _backward_kernel(
         d = (g - normed * mean) * scale
         if dh is not None:
             d += this_dh.to(tl.float32)
-        tl.store(dx + rows * H + cols, d.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + rows * H + cols, cast(d, dx.dtype.element_ty), mask=mask)
     out = partial + tl.program_id(0).to(tl.int64) * H + tl.arange(0, BLOCK)
     tl.store(out, tl.sum(dweight, 0), mask=tl.arange(0, BLOCK) < H)
 

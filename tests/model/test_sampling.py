@@ -70,7 +70,7 @@ FILTERS = [
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["alone", "batch"])
 def test_filters_equal_transformers(mixed):
-    """Kept sets and probabilities; in one batch and each alone, with a vocabulary that needs more than the candidates."""
+    """Kept sets and probabilities; in one batch and each alone; the vocabulary is larger than the candidates."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(len(FILTERS), 700, generator=generator) * 3
     prompts = [torch.randint(700, (40,), generator=generator).tolist() for _ in FILTERS]
@@ -322,7 +322,7 @@ def test_params_are_values():
 
 
 def test_presets():
-    """qwen3_facts: sampling settings of the technical report, section 4.6."""
+    """The settings of the Qwen3 Technical Report, section 4.6."""
     assert (THINKING.temperature, THINKING.top_k, THINKING.top_p, THINKING.presence_penalty) == (0.6, 20, 0.95, 0)
     assert (NON_THINKING.temperature, NON_THINKING.top_k, NON_THINKING.top_p) == (0.7, 20, 0.8)
     assert NON_THINKING.presence_penalty == 1.5 and THINKING.max_tokens == NON_THINKING.max_tokens == 32_768

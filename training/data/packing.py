@@ -11,6 +11,7 @@ document of its own, whose first input is the token before the cut. Attention an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,11 +26,10 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows. ``tokens``, ``labels``, ``positions`` int64 [N]; ``cu_seqlens`` int32 [documents + 1]."""
+    """Packed rows. ``tokens`` and ``labels`` int64 [N]; ``cu_seqlens`` int32 [documents + 1]."""
 
     tokens: Tensor
     labels: Tensor
-    positions: Tensor
     cu_seqlens: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
@@ -87,7 +87,7 @@ class PackedLoader:
         return _pieces(self.data, order, ends, start, start + self.seq_len)
 
 
-def evaluation_batches(data: TokenShards, *, seq_len: int, rows: int, overlap: int = 0) -> list[Batch]:
+def evaluation_batches(data: TokenShards, *, seq_len: int, rows: int, overlap: int = 0) -> Iterator[Batch]:
     """All of ``data`` in order, each token a label exactly once; the last batch may be smaller.
 
     ``overlap`` > 0 gives a label at least that much of its document before it, where the document has so much: rows
@@ -96,14 +96,16 @@ def evaluation_batches(data: TokenShards, *, seq_len: int, rows: int, overlap: i
     if not 0 <= overlap < seq_len:
         raise ValueError(f"overlap is {overlap}; expected at least 0 and below seq_len {seq_len}")
     order, ends = np.arange(len(data)), np.cumsum(data.lengths)
-    total, done, made = int(ends[-1]), 0, []
+    total, done = int(ends[-1]), 0
     while done < total:
-        start = max(0, done - overlap)
-        stop = min(start + seq_len, total)
-        made.append((_pieces(data, order, ends, start, stop), done - start))
-        done = stop
-    return [_join([p for p, _ in made[i : i + rows]], [s for _, s in made[i : i + rows]])
-            for i in range(0, len(made), rows)]
+        pieces, skips = [], []
+        while done < total and len(pieces) < rows:
+            start = max(0, done - overlap)
+            stop = min(start + seq_len, total)
+            pieces.append(_pieces(data, order, ends, start, stop))
+            skips.append(done - start)
+            done = stop
+        yield _join(pieces, skips)
 
 
 def _pieces(data: TokenShards, order: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[np.ndarray]:
@@ -131,6 +133,5 @@ def _join(rows: list[list[np.ndarray]], skips: list[int] | None = None) -> Batch
     return Batch(
         torch.from_numpy(np.concatenate([p[:-1] for p in pieces])),
         torch.from_numpy(labels),
-        torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
         torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
     )

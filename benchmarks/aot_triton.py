@@ -1,0 +1,239 @@
+"""Registers, spills and shared memory of every Triton kernel on sm_90, compiled ahead of time: needs no GPU.
+
+    python -m benchmarks.aot_triton [--op OP ...] [--json FILE]
+
+The kernels are compiled for the very launches that qwen3_kernels/triton makes at the sizes of Qwen3: the backends run on
+meta tensors, with the launch itself replaced by a note of its arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from qwen3_kernels import dispatch
+
+TARGET = GPUTarget("cuda", 90, 32)
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Resources of one compiled kernel; spills in bytes a thread, shared memory in bytes a program."""
+
+    op: str
+    case: str
+    kernel: str
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    wide_accesses: int  # 16-byte global loads and stores in the PTX; the others waste bandwidth
+    accesses: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: JITFunction
+    args: tuple
+    options: dict
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Launches of any kernel are noted instead of made."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def note(self, *args, grid, warmup, **options):
+        launches.append(Launch(self, args, options))
+
+    JITFunction.run = note
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _rms_norm(n: int, h: int, dtype: torch.dtype, residual: bool) -> Callable[[], None]:
+    def calls():
+        op = dispatch.backend("rms_norm", "triton")
+        x, weight, r = meta(n, h, dtype=dtype), meta(h, dtype=dtype), meta(n, h, dtype=dtype) if residual else None
+        _, _, rstd = op.forward(x, weight, r, 1e-6)
+        op.backward(x, r, x, weight, rstd)
+
+    return calls
+
+
+def _qk_norm_rope(n: int, hq: int, hk: int, d: int, dtype: torch.dtype) -> Callable[[], None]:
+    def calls():
+        op = dispatch.backend("qk_norm_rope", "triton")
+        q, k = meta(n, hq, d, dtype=dtype), meta(n, hk, d, dtype=dtype)
+        wq, wk, cos = meta(d, dtype=dtype), meta(d, dtype=dtype), meta(n, d // 2, dtype=torch.float32)
+        op.forward(q, k, wq, wk, cos, cos, 1e-6)
+        op.backward(q, k, q, k, wq, wk, cos, cos, 1e-6)
+
+    return calls
+
+
+def _swiglu(n: int, i: int, dtype: torch.dtype, packed: bool) -> Callable[[], None]:
+    def calls():
+        op = dispatch.backend("swiglu", "triton")
+        gate, up = meta(n, 2 * i, dtype=dtype).chunk(2, -1) if packed else (meta(n, i, dtype=dtype),) * 2
+        op.backward(op.forward(gate, up), gate, up, gate, up)
+
+    return calls
+
+
+def _cross_entropy(n: int, v: int, dtype: torch.dtype, dlse: bool) -> Callable[[], None]:
+    def calls():
+        op = dispatch.backend("cross_entropy", "triton")
+        logits, labels = meta(n, v, dtype=dtype), meta(n, dtype=torch.int64)
+        nll, lse = op.forward(logits, labels, -100)
+        op.backward(nll, nll if dlse else None, logits, labels, lse, -100)
+
+    return calls
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES: dict[str, dict[str, Callable[[], None]]] = {
+    "rms_norm": {
+        "4096 bf16": _rms_norm(16384, 4096, BF16, False),
+        "4096 bf16 residual": _rms_norm(16384, 4096, BF16, True),
+        "1024 bf16 residual": _rms_norm(4096, 1024, BF16, True),
+        "2048 bf16 residual": _rms_norm(16384, 2048, BF16, True),
+        "2560 bf16 residual": _rms_norm(16384, 2560, BF16, True),
+        "5120 bf16 residual": _rms_norm(16384, 5120, BF16, True),
+        "4096 fp32 residual": _rms_norm(16384, 4096, FP32, True),
+        "128 bf16": _rms_norm(65536, 128, BF16, False),
+        "1024 bf16 odd N": _rms_norm(4095, 1024, BF16, False),
+    },
+    "qk_norm_rope": {
+        "32+8x128 bf16": _qk_norm_rope(16384, 32, 8, 128, BF16),
+        "16+8x128 bf16": _qk_norm_rope(16384, 16, 8, 128, BF16),
+        "40+8x128 bf16": _qk_norm_rope(16384, 40, 8, 128, BF16),
+        "64+4x128 bf16": _qk_norm_rope(16384, 64, 4, 128, BF16),
+        "32+8x128 fp32": _qk_norm_rope(16384, 32, 8, 128, FP32),
+        "8+2x64 bf16": _qk_norm_rope(16384, 8, 2, 64, BF16),
+        "6+3x96 bf16 odd N": _qk_norm_rope(1001, 6, 3, 96, BF16),
+    },
+    "swiglu": {
+        "12288 bf16": _swiglu(16384, 12288, BF16, False),
+        "12288 bf16 packed": _swiglu(16384, 12288, BF16, True),
+        "3072 bf16 packed": _swiglu(16384, 3072, BF16, True),
+        "768 bf16 packed": _swiglu(16384, 768, BF16, True),
+        "9728 fp32": _swiglu(16384, 9728, FP32, False),
+        "1000 bf16 odd": _swiglu(1001, 1000, BF16, False),
+    },
+    "cross_entropy": {
+        "151936 bf16": _cross_entropy(8192, 151936, BF16, False),
+        "151936 bf16 z-loss": _cross_entropy(8192, 151936, BF16, True),
+        "151936 fp32": _cross_entropy(8192, 151936, FP32, False),
+    },
+}
+
+
+def compiled(launch: Launch):
+    """The kernel of a launch, compiled as Triton's JIT would for 16-byte aligned tensors."""
+    signature, constants, attributes = {}, {}, {}
+    values = dict(zip(launch.kernel.arg_names, launch.args)) | launch.options
+    for index, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, values.pop(parameter.name)
+        aligned = False
+        if parameter.is_constexpr or value is None or (value == 1 if _specialised(parameter, value) else False):
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name], aligned = POINTERS[value.dtype], True
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name], aligned = "i32", _specialised(parameter, value) and value % 16 == 0
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGET, options=values)  # what is left are options such as num_warps
+
+
+def _specialised(parameter, value: object) -> bool:
+    return isinstance(value, int) and not parameter.do_not_specialize
+
+
+@functools.cache  # cases share kernels
+def resources(ptx: str) -> tuple[int, int]:
+    """(registers, spilled bytes) a thread, by the ptxas that Triton ships."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.ptx")
+        with open(path, "w") as f:
+            f.write(ptx)
+        arch = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", path, "-o", os.path.join(folder, "out")]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    if not registers or not spills:
+        raise RuntimeError(f"ptxas reported no resources: {report!r}")
+    return int(registers[1]), int(spills[1]) + int(spills[2])
+
+
+def measure(op: str, case: str, launch: Launch) -> Row:
+    kernel = compiled(launch)
+    ptx = kernel.asm["ptx"]
+    registers, spills = resources(ptx)
+    accesses = re.findall(r"\b(?:ld|st)\.global\S*", ptx)
+    wide = [a for a in accesses if re.search(r"v4\.[bfu]32|v2\.[bfu]64", a)]
+    return Row(op, case, launch.kernel.__name__.strip("_"), launch.options["num_warps"], registers, spills,
+               kernel.metadata.shared, len(wide), len(accesses))
+
+
+def rows(ops: list[str]) -> list[Row]:
+    """One row for every launch of every case."""
+    wanted = []
+    for op in ops:
+        for case, calls in CASES[op].items():
+            with recorded_launches() as launches:
+                calls()
+            wanted += [(op, case, launch) for launch in launches]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda w: measure(*w), wanted))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="+", choices=CASES, default=list(CASES), help="only these ops")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("aot_triton: TRITON_INTERPRET is 1; unset it, since interpreted kernels cannot be compiled")
+    table = rows(args.op)
+    line = "{:14}{:22}{:22}{:>6}{:>6}{:>8}{:>8}{:>9}{:>5}"
+    print(line.format("op", "case", "kernel", "warps", "regs", "spills", "shared", "16-byte", "of"))
+    for row in table:
+        print(line.format(*asdict(row).values()))
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump([asdict(r) for r in table], f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

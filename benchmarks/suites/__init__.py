@@ -1,0 +1,29 @@
+"""The suites. A suite is a module with ``cases(device, quick)`` that yields `Case`s."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+
+from ..harness import Case
+
+SUITES = {
+    "pointwise": "rms_norm with and without residual, swiglu, cross_entropy",
+    "qk_norm_rope": "per-head RMSNorm of q and k, then RoPE",
+    "attention": "causal grouped-query attention, batched and packed",
+    "generate": "a whole model: prefill, and greedy generation with a KV cache",
+}
+
+
+def check(names: list[str]) -> list[str]:
+    """The names, once each; refuses unknown ones."""
+    unknown = [n for n in names if n not in SUITES]
+    if unknown or not names:
+        given = ", ".join(map(repr, unknown)) or "missing"
+        raise ValueError(f"suite is {given}; expected one or more of {', '.join(SUITES)}")
+    return list(dict.fromkeys(names))
+
+
+def cases(name: str, device: str, quick: bool) -> Iterable[Case]:
+    """The suite's cases, sized for the device."""
+    return importlib.import_module(f"{__name__}.{name}").cases(device, quick)

@@ -1,0 +1,371 @@
+// Cross-entropy of hidden @ head^T without the logits, and without a softmax pass over anything the size of the logits.
+//
+// Softmax is invariant to a shift of the row, and bf16 has the exponent range of fp32. So the epilogue of the logits GEMM
+// writes e_j = exp(l_j - r) against a reference r that is known before the GEMM: the logit of the row's own label, a dot
+// product per token. Then, with rest = sum of e_j over j != label,
+//     nll = log1p(rest),     dlogits_j = e_j / (1 + rest),     dlogits_label = -rest / (1 + rest),
+// which keeps its relative accuracy when the probability of the label goes to 1. The factor 1 / (1 + rest) is constant
+// along a row, so it moves out of the two gradient GEMMs: dhidden = s (e @ head) and dhead = e^T @ (s hidden).
+// Three GEMMs, each at the rate of a plain one, and one write and two reads of e per element of the logits.
+//
+// When rest overflows (a label 44 nats below the maximum), the blocks of rows concerned run again with the true row maximum
+// as reference. The decision is made on the device, so there is no host synchronisation.
+#include "cuda/linear_cross_entropy.h"
+
+#include <cmath>
+
+#include "cuda/hopper.h"
+
+namespace qwen3::cuda {
+namespace {
+
+constexpr int kTileM = 128, kTileN = 256, kTileK = 64, kStages = 4;  // 48 KB a stage
+constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
+constexpr int kClusterRows = 2 * kTileM;  // a cluster of two CTAs shares the tile of the head
+constexpr uint32_t kBytesA = kTileM * kTileK * 2, kBytesB = kTileN * kTileK * 2;
+constexpr int kShared = kStages * (kBytesA + kBytesB) + 1024 + 2 * kStages * 8;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kOverflow = 1.8446744e19f;  // 2^64: leaves room for the products of the gradient GEMMs
+
+struct Scratch {
+  float *label_logit, *reference;  // [n]
+  float *sums, *moments;           // [n, tiles]: sum of e; sum of e * log2 e (or maxima)
+  int *redo_row, *redo_block;      // [n], [blocks of kClusterRows]
+};
+
+__host__ __device__ inline int tiles_of(int64_t v) { return int((v + kTileN - 1) / kTileN); }
+__host__ __device__ inline int blocks_of(int64_t n) { return int((n + kClusterRows - 1) / kClusterRows); }
+
+Scratch carve(float* p, int64_t n, int64_t v) {
+  const int64_t tiles = tiles_of(v);
+  Scratch s;
+  s.label_logit = p;
+  s.reference = s.label_logit + n;
+  s.sums = s.reference + n;
+  s.moments = s.sums + n * tiles;
+  s.redo_row = reinterpret_cast<int*>(s.moments + n * tiles);
+  s.redo_block = s.redo_row + n;
+  return s;
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+  return x;
+}
+__device__ inline const __nv_bfloat16* bf16_row(const Rows& r, int64_t i) {
+  return static_cast<const __nv_bfloat16*>(r.data) + i * r.stride;
+}
+
+// A warp per token. Ignored rows get the reference +inf, which makes all their e_j zero; a label out of range gives NaN.
+__global__ void label_logits(LinearCrossEntropy a, Scratch s) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  if (i >= a.n) return;
+  const int lane = threadIdx.x % 32;
+  const int64_t label = a.labels[i];
+  float dot = 0;
+  if (label >= 0 && label < a.v && label != a.ignore_index) {
+    const __nv_bfloat16 *x = bf16_row(a.hidden, i), *w = bf16_row(a.head, label);
+    for (int64_t j = lane * 8; j < a.h; j += 256) {
+      const uint4 px = *reinterpret_cast<const uint4*>(x + j), pw = *reinterpret_cast<const uint4*>(w + j);
+      const auto *bx = reinterpret_cast<const __nv_bfloat162*>(&px), *bw = reinterpret_cast<const __nv_bfloat162*>(&pw);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float2 fx = __bfloat1622float2(bx[e]), fw = __bfloat1622float2(bw[e]);
+        dot = fmaf(fx.x, fw.x, fmaf(fx.y, fw.y, dot));
+      }
+    }
+    dot = warp_sum(dot) * a.inverse_temperature;
+  } else {
+    dot = label == a.ignore_index ? INFINITY : NAN;
+  }
+  if (lane == 0) {
+    s.label_logit[i] = s.reference[i] = dot;
+    if (i % kClusterRows == 0) s.redo_block[i / kClusterRows] = 0;
+  }
+}
+
+enum class Mode { exponentials, exponentials_and_entropy, maxima };
+
+struct RowState {
+  float reference;  // in units of log 2
+  int label;        // relative to the tile, or out of it
+  bool live;
+};
+
+// Transposes a 4 x 4 of registers among the four threads of a quad: thread q ends with the q-th register of all.
+__device__ inline void quad_transpose(uint32_t (&r)[4], int q) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(~0u, q & 2 ? r[i] : r[i + 2], 2);
+    (q & 2 ? r[i] : r[i + 2]) = got;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(~0u, q & 1 ? r[i] : r[i + 1], 1);
+    (q & 1 ? r[i] : r[i + 1]) = got;
+  }
+}
+
+// The GEMM. Each CTA of a cluster has its own 128 rows of hidden; both share a 256-row tile of the head, of which each
+// loads one half for the two. Warpgroup 0 feeds the ring of stages, the other two multiply 64 rows each and run the
+// epilogue; with four stages between them they drift apart, so one multiplies while the other exponentiates.
+template <Mode MODE>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
+    logits_kernel(const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap head_map,
+                  LinearCrossEntropy a, Scratch s, bool only_redo) {
+  extern __shared__ uint8_t raw[];
+  uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * (kBytesA + kBytesB));
+  uint64_t* const empty = full + kStages;
+  const auto tile_a = [&](int stage) { return stages + stage * (kBytesA + kBytesB); };
+  const auto tile_b = [&](int stage) { return tile_a(stage) + kBytesA; };
+
+  const uint32_t rank = cluster_rank();
+  const int group = threadIdx.x / 128;
+  if (threadIdx.x == 0) {
+    tma_prefetch_map(&hidden_map);
+    tma_prefetch_map(&head_map);
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, 2 * kConsumers);
+    }
+    barrier_init_fence();
+  }
+  cluster_sync();
+
+  const int blocks = blocks_of(a.n), tiles = tiles_of(a.v), steps = int((a.h + kTileK - 1) / kTileK);
+  const int total = blocks * tiles, clusters = gridDim.x / 2;
+  int stage = 0;
+  uint32_t phase = 0;
+  const auto next_stage = [&] {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  };
+
+  if (group == 0) {
+    registers_release<40>();
+    if (threadIdx.x == 0) {
+      for (int t = blockIdx.x / 2; t < total; t += clusters) {
+        const int block = t % blocks, tile = t / blocks;
+        if (only_redo && !s.redo_block[block]) continue;
+        for (int k = 0; k < steps; ++k) {
+          barrier_wait(empty + stage, phase ^ 1);
+          barrier_expect_bytes(full + stage, kBytesA + kBytesB);
+          tma_load(tile_a(stage), &hidden_map, full + stage, k * kTileK, block * kClusterRows + rank * kTileM);
+          tma_load_multicast(tile_b(stage) + rank * (kBytesB / 2), &head_map, full + stage, k * kTileK,
+                             tile * kTileN + rank * (kTileN / 2), 3);
+          next_stage();
+        }
+      }
+    }
+  } else {
+    registers_take<232>();
+    const int consumer = group - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
+    float acc[128];
+    for (int t = blockIdx.x / 2; t < total; t += clusters) {
+      const int block = t % blocks, tile = t / blocks;
+      if (only_redo && !s.redo_block[block]) continue;
+      int before = 0;
+      for (int k = 0; k < steps; ++k) {
+        barrier_wait(full + stage, phase);
+        const uint64_t da = matrix_descriptor(tile_a(stage) + consumer * (kBytesA / 2));
+        const uint64_t db = matrix_descriptor(tile_b(stage));
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kTileK / 16; ++i) wgmma_m64n256k16(acc, da + 2 * i, db + 2 * i, k > 0 || i > 0);
+        wgmma_commit();
+        if (k > 0) {  // the products of the step before are done: its stage goes back to both producers
+          wgmma_wait<1>();
+          if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + before, threadIdx.x % 128);
+        }
+        before = stage;
+        next_stage();
+      }
+      wgmma_wait<0>();
+      if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + before, threadIdx.x % 128);
+
+      const int64_t first_row = int64_t(block) * kClusterRows + rank * kTileM + consumer * 64 + warp * 16 + lane / 4;
+      const int64_t first_column = int64_t(tile) * kTileN;
+      const int columns = int(min(int64_t(kTileN), a.v - first_column));
+      if (columns < kTileN) {
+#pragma unroll
+        for (int i = 0; i < 128; ++i)
+          if (i / 4 * 8 + 2 * q + i % 2 >= columns) acc[i] = -INFINITY;
+      }
+      const float scale = a.inverse_temperature * kLog2e;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = first_row + 8 * half;
+        const bool live = row < a.n;
+        if constexpr (MODE == Mode::maxima) {
+          float top = -INFINITY;
+#pragma unroll
+          for (int j = 0; j < 32; ++j) top = fmaxf(top, fmaxf(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]));
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+          if (live && q == 0) s.moments[row * tiles + tile] = top * a.inverse_temperature;
+        } else {
+          const float reference = live ? s.reference[row] * kLog2e : INFINITY;
+          const int64_t label = live ? a.labels[row] - first_column : -1;
+          const int skip = label >= 0 && label < kTileN ? int(label) - 2 * q : -1;  // compared with 8 j and 8 j + 1
+          float sum = 0, moment = 0;
+          __nv_bfloat16* out = a.unnormalised.data && live
+              ? static_cast<__nv_bfloat16*>(a.unnormalised.data) + row * a.unnormalised.stride + first_column : nullptr;
+#pragma unroll
+          for (int g = 0; g < 8; ++g) {
+            uint32_t packed[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int j = 4 * g + i;
+              float e[2];
+#pragma unroll
+              for (int c = 0; c < 2; ++c) {
+                const float x = fmaf(acc[4 * j + 2 * half + c], scale, -reference);
+                asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e[c]) : "f"(x));
+                if (skip == 8 * j + c) e[c] = 0;
+                sum += e[c];
+                if (MODE == Mode::exponentials_and_entropy) moment += e[c] > 0 ? e[c] * x : 0;
+              }
+              const __nv_bfloat162 pair = __floats2bfloat162_rn(e[0], e[1]);
+              packed[i] = reinterpret_cast<const uint32_t&>(pair);
+            }
+            quad_transpose(packed, q);
+            if (out && 8 * (4 * g + q) < columns)
+              *reinterpret_cast<uint4*>(out + 8 * (4 * g + q)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+          }
+          sum += __shfl_xor_sync(~0u, sum, 1);
+          sum += __shfl_xor_sync(~0u, sum, 2);
+          if (live && q == 0) s.sums[row * tiles + tile] = sum;
+          if constexpr (MODE == Mode::exponentials_and_entropy) {
+            moment += __shfl_xor_sync(~0u, moment, 1);
+            moment += __shfl_xor_sync(~0u, moment, 2);
+            if (live && q == 0) s.moments[row * tiles + tile] = moment;
+          }
+        }
+      }
+    }
+  }
+  cluster_sync();  // a CTA must not leave while its partner may still signal its barriers
+}
+
+__device__ inline float ordered_sum(const float* p, int count, int lane) {
+  float sum = 0;
+  for (int i = lane; i < count; i += 32) sum += p[i];
+  return warp_sum(sum);
+}
+
+// Marks the rows, and their blocks, whose sum overflowed.
+__global__ void find_overflow(LinearCrossEntropy a, Scratch s) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  if (i >= a.n) return;
+  const int tiles = tiles_of(a.v), lane = threadIdx.x % 32;
+  const float sum = ordered_sum(s.sums + i * tiles, tiles, lane), reference = s.reference[i];
+  const bool redo = !(sum < kOverflow) && !isnan(reference) && reference != INFINITY;
+  if (lane == 0) {
+    s.redo_row[i] = redo;
+    if (redo) s.redo_block[i / kClusterRows] = 1;
+  }
+}
+
+__global__ void raise_references(LinearCrossEntropy a, Scratch s) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  if (i >= a.n || !s.redo_row[i]) return;
+  const int tiles = tiles_of(a.v), lane = threadIdx.x % 32;
+  float top = -INFINITY;
+  for (int t = lane; t < tiles; t += 32) top = fmaxf(top, s.moments[i * tiles + t]);
+  top = warp_max(top);
+  if (lane == 0) s.reference[i] = fmaxf(top, s.label_logit[i]);
+}
+
+// The per-token results, the label's entry of the row, and the row factor of the gradient.
+__global__ void finish(LinearCrossEntropy a, Scratch s) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  if (i >= a.n) return;
+  const int tiles = tiles_of(a.v), lane = threadIdx.x % 32;
+  const int64_t label = a.labels[i];
+  const bool ignored = label == a.ignore_index;
+  const float rest = ordered_sum(s.sums + i * tiles, tiles, lane);
+  const float shift = s.label_logit[i] - s.reference[i];  // 0 unless the row ran again
+  const float own = expf(shift), total = own + rest;
+  const float log_total = shift == 0 ? log1pf(rest) : logf(total);
+  const float lse = s.reference[i] + log_total;
+  const float widened = 1 + 2 * a.z_loss * lse;
+  const float row_scale = ignored || !a.weight ? 0 : a.weight[i] * widened * a.inverse_temperature / total;
+  if (lane == 0) {
+    a.nll[i] = ignored ? 0 : log_total - shift;
+    a.lse[i] = ignored ? 0 : lse;
+  }
+  if (a.entropy) {
+    const float moment = ordered_sum(s.moments + i * tiles, tiles, lane) * kLn2 + (own > 0 ? own * shift : 0);
+    if (lane == 0) a.entropy[i] = ignored ? 0 : log_total - moment / total;
+  }
+  if (!a.weight) return;
+  if (lane == 0) {
+    a.row_scale[i] = row_scale;
+    if (!ignored && label >= 0 && label < a.v)
+      static_cast<__nv_bfloat16*>(a.unnormalised.data)[i * a.unnormalised.stride + label] =
+          __float2bfloat16_rn((2 * a.z_loss * lse * own - rest) / widened);
+  }
+  const __nv_bfloat16* x = bf16_row(a.hidden, i);
+  auto* out = static_cast<__nv_bfloat16*>(a.scaled_hidden.data) + i * a.scaled_hidden.stride;
+  for (int64_t j = lane * 8; j < a.h; j += 256) {
+    uint4 p = *reinterpret_cast<const uint4*>(x + j);
+    auto* b = reinterpret_cast<__nv_bfloat162*>(&p);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float2 f = __bfloat1622float2(b[e]);
+      b[e] = __floats2bfloat162_rn(f.x * row_scale, f.y * row_scale);
+    }
+    *reinterpret_cast<uint4*>(out + j) = p;
+  }
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("linear_cross_entropy: ") + cudaGetErrorString(error));
+}
+
+template <Mode MODE> void launch_logits(const LinearCrossEntropy& a, const Scratch& s, bool only_redo, cudaStream_t stream) {
+  static const int sms = [] {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    check(cudaFuncSetAttribute(logits_kernel<MODE>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+    return count;
+  }();
+  const CUtensorMap hidden = tensor_map(a.hidden.data, a.n, a.h, a.hidden.stride, kTileM);
+  const CUtensorMap head = tensor_map(a.head.data, a.v, a.h, a.head.stride, kTileN / 2);
+  logits_kernel<MODE><<<sms / 2 * 2, kThreads, kShared, stream>>>(hidden, head, a, s, only_redo);
+  check(cudaGetLastError());
+}
+
+void launch_exponentials(const LinearCrossEntropy& a, const Scratch& s, bool only_redo, cudaStream_t stream) {
+  a.entropy ? launch_logits<Mode::exponentials_and_entropy>(a, s, only_redo, stream)
+            : launch_logits<Mode::exponentials>(a, s, only_redo, stream);
+}
+
+}  // namespace
+
+int64_t linear_cross_entropy_scratch(int64_t n, int64_t v) { return 3 * n + 2 * n * tiles_of(v) + blocks_of(n); }
+
+void linear_cross_entropy(const LinearCrossEntropy& a, uintptr_t stream_handle) {
+  if (a.h % 8 != 0 || a.v % 8 != 0)
+    throw std::invalid_argument("linear_cross_entropy: the hidden size and the vocabulary must be multiples of 8");
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
+  const Scratch s = carve(a.scratch, a.n, a.v);
+  const int grid = int((a.n * 32 + 255) / 256);
+  label_logits<<<grid, 256, 0, stream>>>(a, s);
+  launch_exponentials(a, s, false, stream);
+  find_overflow<<<grid, 256, 0, stream>>>(a, s);
+  launch_logits<Mode::maxima>(a, s, true, stream);
+  raise_references<<<grid, 256, 0, stream>>>(a, s);
+  launch_exponentials(a, s, true, stream);
+  finish<<<grid, 256, 0, stream>>>(a, s);
+  check(cudaGetLastError());
+}
+
+}  // namespace qwen3::cuda

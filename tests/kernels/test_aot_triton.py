@@ -1,0 +1,58 @@
+"""The Triton kernels as sm_90 machine code, compiled without a GPU: what the interpreter cannot show."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STREAMING = {"forward_kernel", "backward_kernel"}
+REGISTERS, SHARED_BYTES = 65536, 227 * 1024  # of a multiprocessor; the latter is the most one program may ask for
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aot")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-m", "benchmarks.aot_triton", "--json", str(folder / "rows.json")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "rows.json").read_text())
+
+
+def test_every_kernel_of_every_op_is_compiled(rows):
+    found = {(r["op"], r["kernel"]) for r in rows}
+    ops = ("rms_norm", "qk_norm_rope", "swiglu", "cross_entropy")
+    assert found == {(op, kernel) for op in ops for kernel in STREAMING} | {
+        (op, "sum_partials_kernel") for op in ("rms_norm", "qk_norm_rope")
+    }
+
+
+def test_nothing_spills(rows):
+    assert [r for r in rows if r["spills"]] == []
+
+
+def test_programs_fit_on_a_multiprocessor(rows):
+    for r in rows:
+        assert r["shared"] <= SHARED_BYTES, r
+        assert r["registers"] * 32 * r["warps"] <= REGISTERS, r
+
+
+def test_activations_move_16_bytes_at_a_time(rows):
+    """Elementwise kernels touch nothing else, so each of their accesses is wide; odd sizes cannot be."""
+    elementwise = [
+        r for r in rows
+        if r["op"] == "swiglu" or (r["op"] == "qk_norm_rope" and r["kernel"] == "forward_kernel")
+        if "odd" not in r["case"]
+    ]
+    assert len(elementwise) > 10
+    assert [r for r in elementwise if r["wide_accesses"] != r["accesses"]] == []
+
+
+def test_heads_need_no_shared_memory(rows):
+    """A layout conversion would drag the tile of q or k through shared memory; the two halves share one layout."""
+    forward = [r for r in rows if r["op"] == "qk_norm_rope" and r["kernel"] == "forward_kernel"]
+    assert forward and all(r["shared"] == 0 for r in forward)

@@ -1,0 +1,183 @@
+import json
+import math
+
+import pytest
+import torch
+
+from training import checkpoint, pretrain
+from training.config import Config
+from training.data.shards import TokenShards
+from training.log import FILE, read_metrics
+from training.pretrain import evaluate, evaluation_batches, next_token_loss, train
+
+
+def records(out, kind):
+    return [r for r in read_metrics(out) if r["kind"] == kind]
+
+
+def weights(path):
+    return checkpoint.read(path).load_model("cpu").state_dict()
+
+
+class Stop(Exception):
+    pass
+
+
+def failing_at(step, error=Stop, micros=1):
+    calls = [0]
+
+    def loss(model, batch):
+        calls[0] += 1
+        if calls[0] > step * micros:
+            raise error
+        return next_token_loss(model, batch)
+
+    return loss
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_learns_evaluates_and_records(make_config, dtype):
+    config = make_config(steps=40, dtype=dtype, eval_batches=1)
+    path = train(config, quiet=True)
+    got = records(config.out, "train")
+    assert [r["step"] for r in got] == list(range(1, 41)) and [r["lr"] for r in got] == [config.lr_at(s) for s in range(40)]
+    assert got[0]["loss"] == pytest.approx(math.log(64), rel=0.05) and got[-1]["loss"] < got[0]["loss"] - 1
+    evals = records(config.out, "eval")
+    assert [r["step"] for r in evals] == [*range(5, 41, 5)]
+    assert "bits_per_byte" in evals[-1] and "bits_per_byte" not in evals[0]
+    run = json.loads((config.out / "run.json").read_text())
+    assert run["config"]["dtype"] == dtype and run["model"]["hidden_size"] == 16
+    assert run["environment"]["torch"] == torch.__version__ and set(run["environment"]["kernels"]) >= {"attention", "rms_norm"}
+    assert checkpoint.read(path).load_model("cpu").head_weight.dtype == getattr(torch, dtype)
+    assert not (config.out / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumes_bitwise_in_one_process(make_config, dtype):
+    straight, broken = make_config("a", dtype=dtype), make_config("b", dtype=dtype)
+    expected = train(straight, quiet=True)
+    with pytest.raises(Stop):
+        train(broken, loss_fn=failing_at(7), quiet=True)
+    with open(broken.out / FILE, "a") as f:
+        f.write('{"kind": "train", "st')  # a line cut short
+    got = train(broken, quiet=True)
+    for (name, a), b in zip(weights(expected).items(), weights(got).values()):
+        assert torch.equal(a, b), name
+    assert records(straight.out, "train") == records(broken.out, "train")
+    assert records(straight.out, "eval") == records(broken.out, "eval")
+
+
+def test_a_finished_run_is_left_alone(make_config):
+    config = make_config(steps=4)
+    first = train(config, quiet=True)
+    before = (first / "model.safetensors").stat().st_mtime_ns
+    assert train(config, loss_fn=failing_at(0), quiet=True) == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_settings_that_touch_the_weights_cannot_change_on_resume(make_config):
+    train(make_config(steps=4), quiet=True)
+    with pytest.raises(ValueError, match=r"config.lr: 0.01 in the checkpoint, now 0.02"):
+        train(make_config(steps=4, lr=0.02), quiet=True)
+    train(make_config(steps=4, log_every=1, keep=5), quiet=True)
+
+
+def test_micro_steps_change_nothing_but_rounding(make_config):
+    one, four = make_config("one", steps=6), make_config("four", steps=6, micros=4)
+    train(one, quiet=True)
+    train(four, quiet=True)
+    for a, b in zip(records(one.out, "train"), records(four.out, "train")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(make_config, value):
+    config, calls = make_config(steps=12, save_every=4, log_every=12), [0]
+
+    def loss(model, batch):
+        calls[0] += 1
+        return next_token_loss(model, batch) * (value if calls[0] == 6 else 1)
+
+    with pytest.raises(FloatingPointError, match="step 6: loss is (nan|inf)"):
+        train(config, loss_fn=loss, quiet=True)
+    assert checkpoint.latest(config.out / "checkpoints").step == 4
+    assert [r["step"] for r in records(config.out, "train")] == [1, 2, 3, 4, 5]
+
+
+def test_evaluation_is_the_mean_over_all_tokens(make_config, model_config):
+    config = make_config()
+    model = checkpoint.read(train(config, quiet=True)).load_model("cpu")
+    data = TokenShards(config.eval_data)
+    got = evaluate(model, data, evaluation_batches(data, seq_len=16, rows=2))
+    nats = 0.0
+    stream = [(d, i) for d in range(len(data)) for i in range(int(data.lengths[d]))]
+    for row in range(0, len(stream), 16):
+        for d in {d for d, _ in stream[row : row + 16]}:
+            places = [i for e, i in stream[row : row + 16] if e == d]
+            tokens = [63, *data.read(d)][places[0] : places[-1] + 1]
+            log_probs = model(torch.tensor([tokens]))[0].double().log_softmax(-1)
+            nats -= sum(log_probs[k, data.read(d)[i]].item() for k, i in enumerate(places))
+    assert got["tokens"] == data.index.n_tokens == 94 and got["loss"] == pytest.approx(nats / 94, rel=1e-5)
+    assert got["bits_per_byte"] == pytest.approx(nats / math.log(2) / data.index.n_bytes, rel=1e-5)
+
+
+def test_tensorboard_has_the_scalars(make_config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config(steps=6, tensorboard=True)
+    train(config, quiet=True)
+    board = EventAccumulator(str(config.out / "tensorboard"))
+    board.Reload()
+    scalars = board.Scalars("train/loss")
+    assert [s.step for s in scalars] == [1, 2, 3, 4, 5, 6]
+    assert [s.value for s in scalars] == pytest.approx([r["loss"] for r in records(config.out, "train")])
+
+
+def test_two_trainers_cannot_share_a_folder(make_config):
+    config = make_config(steps=2)
+    with pretrain.locked(config.out), pytest.raises(BlockingIOError, match="another process is training"):
+        train(config, quiet=True)
+
+
+def test_data_tokenizer_and_model_must_match(make_config, run_folder, make_data):
+    (run_folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="do not belong together"):
+        train(make_config(tokenizer=run_folder / "tokenizer.json"), quiet=True)
+    model = json.loads((run_folder / "model.json").read_text()) | {"vocab_size": 32}
+    (run_folder / "small.json").write_text(json.dumps(model))
+    with pytest.raises(ValueError, match="has a vocabulary of 64, the model's is 32"):
+        train(make_config(model=str(run_folder / "small.json")), quiet=True)
+
+
+def test_command_line(make_config, trainer_command, capsys):
+    args = trainer_command(make_config(steps=2))[3:]
+    pretrain.main(args)
+    assert "held-out" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([*args, "--learning-rate", "1"])
+    assert stop.value.code == 2 and "--learning-rate" in "".join(capsys.readouterr())
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([*args, "--lr", "-1"])
+    assert stop.value.code == 2 and "lr is -1.0; expected above 0" in "".join(capsys.readouterr())
+    with pytest.raises(SystemExit, match="error: .*index.json does not exist"):
+        pretrain.main(["--data", "/nowhere", "--out", str(make_config().out)])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"steps": 0}, "steps is 0"), ({"rows": 6, "micros": 4}, "rows is 6; expected a multiple of micros = 4"),
+        ({"lr": math.nan}, "lr is nan"), ({"dtype": "float16"}, "dtype is 'float16'"), ({"seed": -1}, "seed is -1"),
+        ({"schedule": "step"}, "schedule is 'step'"), ({"warmup": 13}, "warmup 13"), ({"decay": 1.5}, "decay is 1.5"),
+        ({"lr_floor": 2.0}, "floor 2.0"), ({"betas": (0.9, 1.0)}, "betas is"), ({"max_grad_norm": 0}, "max_grad_norm is 0"),
+    ],
+    ids=str,
+)
+def test_bad_settings(make_config, changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_config(**changes)
+
+
+def test_auto_is_resolved():
+    config = Config("d", "o").resolved()
+    assert config.device in ("cpu", "cuda") and config.dtype in ("float32", "bfloat16")

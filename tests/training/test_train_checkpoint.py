@@ -1,0 +1,191 @@
+"""Checkpoints are whole or absent, and a run that is killed at any moment ends in the same bits."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+from qwen3_model.model import Qwen3
+from training import checkpoint
+from training.checkpoint import latest, read, save
+from training.log import FILE, read_metrics
+from training.optim import AdamW
+
+
+@pytest.fixture
+def trained(model_config):
+    """A model and an optimizer after one step."""
+
+    def make(seed=0, dtype=torch.bfloat16):
+        model = Qwen3(model_config).init_weights(seed).to(dtype)
+        optimizer = AdamW(model)
+        model(torch.arange(12).view(1, 12)).float().square().mean().backward()
+        optimizer.step(1e-3, 1.0)
+        return model, optimizer
+
+    return make
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_round_trip(tmp_path, trained):
+    model, optimizer = trained()
+    torch.manual_seed(7)
+    path = save(tmp_path, 3, model, optimizer, {"a": [1, "x"]})
+    drawn = torch.rand(3)
+    found = latest(tmp_path)
+    again = found.load_model("cpu")
+    fresh = AdamW(again)
+    found.restore(fresh)
+    assert (found.path, found.step, found.fields) == (path, 3, {"a": [1, "x"]})
+    assert all(torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(model.parameters(), again.parameters()))
+    old, new = optimizer.state_tensors(), fresh.state_tensors()
+    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+    assert torch.equal(torch.rand(3), drawn), "the generator is where it was"
+
+
+def test_transformers_reads_it(tmp_path, trained):
+    import transformers
+
+    model, optimizer = trained(dtype=torch.float32)
+    path = save(tmp_path, 1, model, optimizer, {})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokens = torch.arange(20).view(2, 10)
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_keeps_the_newest(tmp_path, trained):
+    model, optimizer = trained()
+    for step in (5, 10, 90, 100):
+        save(tmp_path, step, model, optimizer, {}, keep=2)
+    assert names(tmp_path) == ["step-00000090", "step-00000100"]
+    with pytest.raises(ValueError, match="keep is 0"):
+        save(tmp_path, 110, model, optimizer, {}, keep=0)
+
+
+def test_extra_files_travel(tmp_path, trained):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    path = save(tmp_path / "c", 1, *trained(), {}, extra_files=(tmp_path / "tokenizer.json",))
+    assert (path / "tokenizer.json").read_text() == "{}" and "tokenizer.json" in json.loads((path / "state.json").read_text())["files"]
+
+
+def test_no_checkpoints(tmp_path):
+    assert latest(tmp_path) is None and latest(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no-state", "bad-state"])
+def test_incomplete_ones_are_passed_over(tmp_path, trained, damage):
+    model, optimizer = trained()
+    save(tmp_path, 1, model, optimizer, {})
+    broken = save(tmp_path, 2, model, optimizer, {})
+    weights = broken / "model.safetensors"
+    {
+        "truncated": lambda: weights.write_bytes(weights.read_bytes()[:-8]),
+        "missing": weights.unlink,
+        "no-state": (broken / "state.json").unlink,
+        "bad-state": lambda: (broken / "state.json").write_text('{"step": 2'),
+    }[damage]()
+    with pytest.warns(UserWarning, match="passed over"):
+        assert latest(tmp_path).step == 1
+    with pytest.raises(ValueError, match="step-00000002"):
+        read(broken)
+
+
+def test_damaged_state_is_named(tmp_path, trained):
+    model, optimizer = trained()
+    path = save(tmp_path, 1, model, optimizer, {}) / "optimizer.safetensors"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(ValueError, match="optimizer.safetensors is damaged"):
+        latest(tmp_path).restore(optimizer)
+
+
+@pytest.mark.parametrize("failing", ["model_io.save", "save_file", "shutil.copyfile", "_fsync"])
+def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path, trained, monkeypatch, failing):
+    model, optimizer = trained()
+    (tmp_path / "t.json").write_text("{}")
+    folder = tmp_path / "c"
+    save(folder, 1, model, optimizer, {})
+    owner, _, name = failing.rpartition(".")
+
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(getattr(checkpoint, owner) if owner else checkpoint, name, no_space)
+    with pytest.raises(OSError, match="No space"):
+        save(folder, 2, model, optimizer, {}, extra_files=(tmp_path / "t.json",))
+    assert names(folder) == ["step-00000001"] and latest(folder).step == 1
+
+
+# ---- kill -9 -----------------------------------------------------------------------------------------------------------
+
+# Runs the trainer and kills itself, as kill -9 would, on the n-th call of a function of training.checkpoint.
+SUICIDE = """
+import os, signal, sys
+from training import checkpoint, pretrain
+owner, name, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+target = getattr(checkpoint, owner) if owner else checkpoint
+real, calls = getattr(target, name), [0]
+def stand_in(*args, **kw):
+    calls[0] += 1
+    if calls[0] == n:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kw)
+setattr(target, name, stand_in)
+pretrain.main(sys.argv[4:])
+"""
+
+
+def start(args):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(args, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process, code):
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+
+
+def losses(out):
+    return [r for r in read_metrics(out) if r["kind"] != "speed"]
+
+
+def test_killed_and_resumed_runs_end_in_the_same_bits(make_config, trainer_command):
+    settings = {"steps": 60, "dtype": "bfloat16", "log_every": 1, "save_every": 3, "eval_every": 20, "micros": 2}
+    straight, broken = make_config("straight", **settings), make_config("broken", **settings)
+    reference = start(trainer_command(straight))
+
+    args = trainer_command(broken)
+    victim, stop_at = start(args), random.randrange(4, 30)
+    metrics, deadline = broken.out / FILE, time.monotonic() + 120
+    while victim.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count('"train"') >= stop_at:
+            victim.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    finish(victim, -signal.SIGKILL)
+    before = latest(broken.out / "checkpoints")
+    assert before is not None and before.step < 60, f"killed after {stop_at} steps"
+
+    # inside the writing of a checkpoint: before the optimizer's file, and with all files written but not renamed
+    for owner, name, n in (("", "save_file", 2), ("", "_fsync", 4)):
+        finish(start([sys.executable, "-c", SUICIDE, owner, name, str(n), *args[3:]]), -signal.SIGKILL)
+        assert any(p.name.startswith(".") for p in (broken.out / "checkpoints").iterdir()), "nothing was half written"
+    finish(start(args), 0)
+    finish(reference, 0)
+
+    a, b = latest(straight.out / "checkpoints"), latest(broken.out / "checkpoints")
+    assert a.step == b.step == 60 and a.fields["model"] == b.fields["model"]
+    assert names(straight.out / "checkpoints") == names(broken.out / "checkpoints")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (a.path / file).read_bytes() == (b.path / file).read_bytes(), f"{file}, killed after {stop_at} steps"
+    assert losses(straight.out) == losses(broken.out), f"killed after {stop_at} steps"
+    assert [r["step"] for r in losses(straight.out) if r["kind"] == "train"] == list(range(1, 61))

@@ -1,0 +1,90 @@
+"""The settings of one training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .optim import SCHEDULES, lr_scale
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What may differ between a run and its resumption: none of it touches the weights.
+FREE = frozenset({
+    "out", "data", "eval_data", "tokenizer", "eval_every", "eval_batches", "log_every", "save_every", "keep", "tensorboard",
+})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. Sizes are per step, over all micro-steps. Raises ValueError naming a field out of range."""
+
+    data: Path  # token shards to train on
+    out: Path  # checkpoints and logs; an unfinished run found here is resumed
+    model: str = "Qwen3-0.6B"  # a released size, or the path of a config.json; starts from random weights
+    eval_data: Path | None = None  # token shards to evaluate on
+    tokenizer: Path | None = None  # tokenizer.json, checked against the shards and stored with each checkpoint
+    steps: int = 1000
+    seq_len: int = 1024  # tokens per row
+    rows: int = 32  # rows per step
+    micros: int = 1  # micro-steps per step; gradients are summed over them
+    lr: float = 1e-3
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    warmup: int = 50  # steps
+    decay: float = 0.3  # share of the steps in which "wsd" decays
+    lr_floor: float = 0.0  # final learning rate as a share of lr
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    z_loss: float = 0.0  # weight of logsumexp^2
+    seed: int = 0
+    device: str = "auto"  # auto: cuda where there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA and on CPUs with AMX
+    eval_every: int = 200
+    eval_batches: int = 0  # batches of an evaluation before the last one; 0: all
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2  # checkpoints kept
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seq_len", "rows", "micros", "eval_every", "log_every", "save_every", "keep"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("lr", "max_grad_norm"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("weight_decay", "z_loss", "eval_batches", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        _require(0 <= self.decay <= 1, "decay", self.decay, "a share in [0, 1]")
+        _require(self.rows % self.micros == 0, "rows", self.rows, f"a multiple of micros = {self.micros}")
+        _require(self.schedule in SCHEDULES, "schedule", repr(self.schedule), f"one of {SCHEDULES}")
+        _require(self.dtype in ("auto", *DTYPES), "dtype", repr(self.dtype), f"one of {('auto', *DTYPES)}")
+        self.lr_at(0)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step in [0, steps)."""
+        decay = min(round(self.decay * self.steps), self.steps - self.warmup) if self.schedule == "wsd" else None
+        return self.lr * lr_scale(
+            step, total=self.steps, warmup=self.warmup, schedule=self.schedule, decay=decay, floor=self.lr_floor
+        )
+
+    def resolved(self) -> Config:
+        """With "auto" replaced by what this machine has."""
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        fast_bf16 = device != "cpu" or torch.cpu._is_amx_tile_supported()
+        dtype = self.dtype if self.dtype != "auto" else "bfloat16" if fast_bf16 else "float32"
+        return dataclasses.replace(self, device=device, dtype=dtype)
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON would give it back: paths as text, tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(value), default=str))
+
+
+def _require(ok: bool, name: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value}; expected {wanted}")

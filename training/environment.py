@@ -1,0 +1,43 @@
+"""What a run ran on, for its record."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import qwen3_kernels
+from qwen3_kernels import dispatch
+
+
+def kernels(device: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """{op: {"backend", "why", "error"}}: what runs each op in this process; ``error`` is the self-check's, in units of
+    plain torch's error."""
+    choices = (dispatch.explain(op, torch.device(device).type, dtype) for op in dispatch.OPS)
+    return {c.op: {"backend": c.backend, "why": c.why, "error": c.error} for c in choices}
+
+
+def describe(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Versions, hardware and kernels."""
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+        "qwen3_kernels": qwen3_kernels.__version__, "platform": platform.platform(), "device": device_name(device),
+        "threads": torch.get_num_threads(), "kernels": kernels(device, dtype),
+    }
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []
+    return names[0] if names else platform.machine()
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,225 @@
+"""Next-token training from token shards: ``python -m training.pretrain --data DIR --out DIR``.
+
+The loop knows batches and a loss, no algorithm. A run is a function of its config, data and seed: killed at any moment
+and started again, it gives the same weights, bit for bit, on the same machine with the same number of threads.
+
+Precision: "float32", or "bfloat16" for weights and activations with float32 master weights, optimizer state and
+gradient sums (see ``optim.AdamW``); no autocast.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3_kernels import cross_entropy
+from qwen3_model.config import Qwen3Config
+from qwen3_model.model import Qwen3
+
+from . import checkpoint, environment
+from .config import DTYPES, FREE, Config, to_json
+from .data.packing import IGNORE, Batch, PackedLoader, evaluation_batches
+from .data.shards import TokenShards
+from .log import Log
+from .optim import AdamW
+
+LossFn = Callable[[Qwen3, Batch], Tensor]
+"""Sum of the loss over a batch's kept labels; the trainer divides by their number over all micro-steps."""
+
+
+def next_token_loss(model: Qwen3, batch: Batch, z_loss: float = 0.0) -> Tensor:
+    """Sum of the negative log-likelihoods of the kept labels, in nats, float32."""
+    logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens)
+    return cross_entropy(logits, batch.labels, ignore_index=IGNORE, reduction="sum", z_loss=z_loss)
+
+
+def train_step(
+    model: Qwen3, optimizer: AdamW, batches: Sequence[Batch], loss_fn: LossFn, *, lr: float, max_grad_norm: float
+) -> tuple[Tensor, Tensor, int]:
+    """One update from the micro-steps' ``batches``. Returns mean loss per kept label and gradient norm before clipping,
+    both still on the device, and the number of kept labels."""
+    device = model.head_weight.device
+    kept = sum(int((b.labels != IGNORE).sum()) for b in batches)
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        loss = loss_fn(model, batch.to(device)) / kept
+        loss.backward()
+        total += loss.detach()
+    return total, optimizer.step(lr, max_grad_norm), kept
+
+
+@torch.no_grad()
+def evaluate(model: Qwen3, data: TokenShards, batches: Iterable[Batch]) -> dict[str, float]:
+    """{"loss": nats per token, "tokens": labels counted} over ``batches``, and "bits_per_byte" when they cover ``data``:
+    the bits of all tokens, end-of-text included, over the UTF-8 bytes of the text."""
+    device = model.head_weight.device
+    nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in batches:
+        tokens += int((batch.labels != IGNORE).sum())
+        nats += next_token_loss(model, batch.to(device))
+    result = {"loss": nats.item() / tokens, "tokens": tokens}
+    if tokens == data.index.n_tokens:
+        result["bits_per_byte"] = nats.item() / math.log(2) / data.index.n_bytes
+    return result
+
+
+def train(
+    config: Config, *, model_config: Qwen3Config | None = None, loss_fn: LossFn | None = None, quiet: bool = False
+) -> Path:
+    """Runs or resumes a training run and returns its final checkpoint.
+
+    Args:
+        model_config: the architecture, instead of ``config.model``. loss_fn: default ``next_token_loss``.
+
+    Raises:
+        ValueError: settings, data, tokenizer or an earlier run in ``out`` do not fit together.
+        FloatingPointError: loss or gradient norm is not finite; the message names the step. Nothing is saved from it.
+        BlockingIOError: another process trains in ``out``.
+    """
+    config = config.resolved()
+    loss_fn = loss_fn or partial(next_token_loss, z_loss=config.z_loss)
+    data = TokenShards(config.data)
+    loader = PackedLoader(data, seq_len=config.seq_len, rows=config.rows, seed=config.seed)
+    eval_data = TokenShards(config.eval_data) if config.eval_data else None
+    model_config = model_config or named_model(config.model)
+    check_vocabulary(config, data, eval_data, model_config)
+    run = {"config": to_json(config), "model": model_config.to_dict(), "data": to_json(data.index)}
+
+    with locked(config.out):
+        resumed = checkpoint.latest(config.out / "checkpoints")
+        if resumed is not None:
+            check_same_run(resumed, run)
+        record = run | {"environment": environment.describe(config.device, DTYPES[config.dtype])}
+        (config.out / "run.json").write_text(json.dumps(record, indent=1))
+        model, optimizer = set_up(config, model_config, resumed)
+        done, final = (resumed.step, resumed.path) if resumed else (0, None)
+
+        pending: list[tuple[int, Tensor, Tensor]] = []  # losses and norms not yet read from the device
+        with Log(config.out, steps=config.steps, done=done, quiet=quiet, tensorboard=config.tensorboard) as log:
+            log.say(f"{config.out}: {model_config.num_params():,} parameters, {data.index.n_tokens:,} tokens, "
+                    f"{config.steps * config.rows * config.seq_len:,} to train on, {config.dtype} on {config.device}"
+                    + (f", resumed after step {done}" if done else ""))
+            clock, seen = time.perf_counter(), 0
+            for step in range(done, config.steps):
+                batches = [loader.batch(step, micro=m, micros=config.micros) for m in range(config.micros)]
+                loss, norm, kept = train_step(
+                    model, optimizer, batches, loss_fn, lr=config.lr_at(step), max_grad_norm=config.max_grad_norm
+                )
+                pending.append((step + 1, loss, norm))
+                seen += kept
+
+                last = step + 1 == config.steps
+                saving, evaluating = (last or (step + 1) % n == 0 for n in (config.save_every, config.eval_every))
+                if saving or evaluating or (step + 1) % config.log_every == 0:
+                    flush(log, pending, config)
+                    rate = seen / (time.perf_counter() - clock)
+                    log.write("speed", step + 1, {"tokens_per_s": rate})
+                    log.say(f"step {step + 1}/{config.steps}  loss {loss:.4f}  grad norm {norm:.3f}  "
+                            f"lr {config.lr_at(step):.2e}  {rate:,.0f} tokens/s")
+                    log.advance(step + 1)
+                if evaluating and eval_data is not None:
+                    rows = evaluation_batches(eval_data, seq_len=config.seq_len, rows=config.rows // config.micros)
+                    result = evaluate(model, eval_data, rows if last else islice(rows, config.eval_batches or None))
+                    log.write("eval", step + 1, result)
+                    log.say(f"step {step + 1}/{config.steps}  held-out " + "  ".join(f"{k} {v:.6g}" for k, v in result.items()))
+                if saving:
+                    extra = (config.tokenizer,) if config.tokenizer else ()
+                    final = checkpoint.save(
+                        config.out / "checkpoints", step + 1, model, optimizer, run, keep=config.keep, extra_files=extra
+                    )
+                if not pending:
+                    clock, seen = time.perf_counter(), 0
+    return final
+
+
+def set_up(config: Config, model_config: Qwen3Config, resumed: checkpoint.Checkpoint | None) -> tuple[Qwen3, AdamW]:
+    """Model, optimizer and torch's random generators at the start of a run, or as a checkpoint left them."""
+    torch.manual_seed(config.seed)
+    if resumed is None:
+        model = Qwen3(model_config).init_weights(config.seed).to(config.device, DTYPES[config.dtype])
+    else:
+        model = resumed.load_model(config.device)
+    optimizer = AdamW(model.train(), betas=config.betas, weight_decay=config.weight_decay)
+    if resumed is not None:
+        resumed.restore(optimizer)
+    return model, optimizer
+
+
+def flush(log: Log, pending: list[tuple[int, Tensor, Tensor]], config: Config) -> None:
+    """Reads the pending losses from the device in one go and writes them; stops at the first that is not finite."""
+    values = torch.stack([torch.stack((loss, norm.float())) for _, loss, norm in pending]).tolist()
+    for (step, _, _), (loss, norm) in zip(pending, values):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {step}: loss is {loss}, gradient norm is {norm}; training stopped and nothing of it was saved. "
+                f"Try a lower lr (now {config.lr:g}), a longer warmup ({config.warmup}) or dtype float32 ({config.dtype})."
+            )
+        log.write("train", step, {"loss": loss, "grad_norm": norm, "lr": config.lr_at(step - 1)})
+    pending.clear()
+
+
+def named_model(name: str) -> Qwen3Config:
+    return Qwen3Config.from_file(name) if name.endswith(".json") else Qwen3Config.from_name(name)
+
+
+def check_vocabulary(config: Config, data: TokenShards, eval_data: TokenShards | None, model: Qwen3Config) -> None:
+    """Raises ValueError unless shards, tokenizer and model use one vocabulary."""
+    if data.index.vocab_size > model.vocab_size:
+        raise ValueError(f"{config.data} has a vocabulary of {data.index.vocab_size}, the model's is {model.vocab_size}")
+    hashes = {str(d.path): d.index.tokenizer_sha256 for d in (data, eval_data) if d is not None}
+    if config.tokenizer is not None:
+        hashes[str(config.tokenizer)] = environment.file_sha256(config.tokenizer)
+    if len(set(hashes.values())) > 1:
+        raise ValueError(f"data and tokenizer do not belong together; tokenizer hashes: {hashes}")
+
+
+def check_same_run(found: checkpoint.Checkpoint, run: dict[str, Any]) -> None:
+    """Raises ValueError naming the settings in which a checkpoint differs from the run that would go on from it."""
+    differences = [
+        f"{part}.{key}: {was.get(key)!r} in the checkpoint, now {now.get(key)!r}"
+        for part, now in run.items()
+        for was in [found.fields.get(part, {})]
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key) and not (part == "config" and key in FREE)
+    ]
+    if differences:
+        raise ValueError(f"{found.path} belongs to another run ({'; '.join(differences)}); choose another out folder")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Creates ``out`` and holds it for this process; a killed process lets go."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise BlockingIOError(f"another process is training in {out}") from e
+        yield
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    try:
+        import tyro
+    except ImportError as e:
+        raise SystemExit("tyro is not installed: pip install 'qwen3-kernels[train]'") from e
+    config = tyro.cli(Config, args=args, description=__doc__)
+    try:
+        print(train(config))
+    except (ValueError, OSError, FloatingPointError) as e:
+        raise SystemExit(f"error: {e}") from e
+
+
+if __name__ == "__main__":
+    main()
