@@ -34,7 +34,8 @@ def run(op: str, backend: str, device: str, dtype: torch.dtype) -> float:
     """Error ratio of one backend on small inputs; infinite when it raises."""
     function, ref = _PAIRS[op]
     try:
-        with dispatch.use(backend, op):
+        # The first call of an op may come from inside no_grad or inference_mode; the check needs gradients all the same.
+        with torch.inference_mode(False), torch.enable_grad(), dispatch.use(backend, op):
             return compare(function, ref, inputs_for(op, device, dtype))
     except Exception as e:  # a backend that cannot even run is a failed check, and the doctor shows why
         warnings.warn(f"qwen3_kernels: self-check of {op} on backend '{backend}' raised {e!r}", stacklevel=2)

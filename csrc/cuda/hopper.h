@@ -13,7 +13,8 @@ namespace qwen3::cuda {
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// --- mbarriers
+// --- mbarriers. Their default scope is the CTA, on purpose: what they order here is shared memory read by wgmma and written
+// by TMA. With cluster scope each wait invalidates L1 and each arrival is a fence of the whole GPU.
 __device__ inline void barrier_init(uint64_t* bar, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals));
 }
@@ -24,11 +25,11 @@ __device__ inline void barrier_expect_bytes(uint64_t* bar, uint32_t bytes) {
 __device__ inline void barrier_arrive_in_cluster(uint64_t* bar, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(bar)), "r"(rank) : "memory");
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(bar)), "r"(rank) : "memory");
 }
 __device__ inline void barrier_wait(uint64_t* bar, uint32_t parity) {
   asm volatile(
-      "{\n.reg .pred done;\nretry:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "{\n.reg .pred done;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra.uni over;\nbra.uni retry;\nover:\n}" ::"r"(shared_address(bar)), "r"(parity) : "memory");
 }
 

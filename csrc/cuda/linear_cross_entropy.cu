@@ -30,7 +30,7 @@ constexpr float kOverflow = 1.8446744e19f;  // 2^64: leaves room for the product
 struct Scratch {
   float *label_logit, *reference;  // [n]
   float *sums, *moments;           // [n, tiles]: sum of e; sum of e * log2 e (or maxima)
-  int *redo_row, *redo_block;      // [n], [blocks of kClusterRows]
+  int *redo_any, *redo_row, *redo_block;  // [1], [n], [blocks of kClusterRows]
 };
 
 __host__ __device__ inline int tiles_of(int64_t v) { return int((v + kTileN - 1) / kTileN); }
@@ -43,7 +43,8 @@ Scratch carve(float* p, int64_t n, int64_t v) {
   s.reference = s.label_logit + n;
   s.sums = s.reference + n;
   s.moments = s.sums + n * tiles;
-  s.redo_row = reinterpret_cast<int*>(s.moments + n * tiles);
+  s.redo_any = reinterpret_cast<int*>(s.moments + n * tiles);
+  s.redo_row = s.redo_any + 1;
   s.redo_block = s.redo_row + n;
   return s;
 }
@@ -87,16 +88,11 @@ __global__ void label_logits(LinearCrossEntropy a, Scratch s) {
   if (lane == 0) {
     s.label_logit[i] = s.reference[i] = dot;
     if (i % kClusterRows == 0) s.redo_block[i / kClusterRows] = 0;
+    if (i == 0) *s.redo_any = 0;
   }
 }
 
 enum class Mode { exponentials, exponentials_and_entropy, maxima };
-
-struct RowState {
-  float reference;  // in units of log 2
-  int label;        // relative to the tile, or out of it
-  bool live;
-};
 
 // Transposes a 4 x 4 of registers among the four threads of a quad: thread q ends with the q-th register of all.
 __device__ inline void quad_transpose(uint32_t (&r)[4], int q) {
@@ -119,6 +115,7 @@ template <Mode MODE>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     logits_kernel(const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap head_map,
                   LinearCrossEntropy a, Scratch s, bool only_redo) {
+  if (only_redo && !*s.redo_any) return;
   extern __shared__ uint8_t raw[];
   uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * (kBytesA + kBytesB));
@@ -170,6 +167,16 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     for (int t = blockIdx.x / 2; t < total; t += clusters) {
       const int block = t % blocks, tile = t / blocks;
       if (only_redo && !s.redo_block[block]) continue;
+      const int64_t first_row = int64_t(block) * kClusterRows + rank * kTileM + consumer * 64 + warp * 16 + lane / 4;
+      const int64_t first_column = int64_t(tile) * kTileN;
+      float reference[2];  // read before the products, which hide the latency
+      int64_t label[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = first_row + 8 * half;
+        reference[half] = MODE != Mode::maxima && row < a.n ? s.reference[row] * kLog2e : INFINITY;
+        label[half] = MODE != Mode::maxima && row < a.n ? a.labels[row] - first_column : -1;
+      }
       int before = 0;
       for (int k = 0; k < steps; ++k) {
         barrier_wait(full + stage, phase);
@@ -189,8 +196,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       wgmma_wait<0>();
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + before, threadIdx.x % 128);
 
-      const int64_t first_row = int64_t(block) * kClusterRows + rank * kTileM + consumer * 64 + warp * 16 + lane / 4;
-      const int64_t first_column = int64_t(tile) * kTileN;
       const int columns = int(min(int64_t(kTileN), a.v - first_column));
       if (columns < kTileN) {
 #pragma unroll
@@ -210,9 +215,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
           top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
           if (live && q == 0) s.moments[row * tiles + tile] = top * a.inverse_temperature;
         } else {
-          const float reference = live ? s.reference[row] * kLog2e : INFINITY;
-          const int64_t label = live ? a.labels[row] - first_column : -1;
-          const int skip = label >= 0 && label < kTileN ? int(label) - 2 * q : -1;  // compared with 8 j and 8 j + 1
+          if (label[half] >= 0 && label[half] < kTileN) {  // rare: the label's own logit must not count in the sum
+#pragma unroll
+            for (int j = 0; j < 64; ++j)
+              if (8 * (j / 2) + 2 * q + j % 2 == int(label[half])) acc[4 * (j / 2) + 2 * half + j % 2] = -INFINITY;
+          }
           float sum = 0, moment = 0;
           __nv_bfloat16* out = a.unnormalised.data && live
               ? static_cast<__nv_bfloat16*>(a.unnormalised.data) + row * a.unnormalised.stride + first_column : nullptr;
@@ -225,9 +232,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
               float e[2];
 #pragma unroll
               for (int c = 0; c < 2; ++c) {
-                const float x = fmaf(acc[4 * j + 2 * half + c], scale, -reference);
+                const float x = fmaf(acc[4 * j + 2 * half + c], scale, -reference[half]);
                 asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e[c]) : "f"(x));
-                if (skip == 8 * j + c) e[c] = 0;
                 sum += e[c];
                 if (MODE == Mode::exponentials_and_entropy) moment += e[c] > 0 ? e[c] * x : 0;
               }
@@ -268,7 +274,7 @@ __global__ void find_overflow(LinearCrossEntropy a, Scratch s) {
   const bool redo = !(sum < kOverflow) && !isnan(reference) && reference != INFINITY;
   if (lane == 0) {
     s.redo_row[i] = redo;
-    if (redo) s.redo_block[i / kClusterRows] = 1;
+    if (redo) s.redo_block[i / kClusterRows] = *s.redo_any = 1;
   }
 }
 
@@ -350,7 +356,7 @@ void launch_exponentials(const LinearCrossEntropy& a, const Scratch& s, bool onl
 
 }  // namespace
 
-int64_t linear_cross_entropy_scratch(int64_t n, int64_t v) { return 3 * n + 2 * n * tiles_of(v) + blocks_of(n); }
+int64_t linear_cross_entropy_scratch(int64_t n, int64_t v) { return 3 * n + 2 * n * tiles_of(v) + blocks_of(n) + 1; }
 
 void linear_cross_entropy(const LinearCrossEntropy& a, uintptr_t stream_handle) {
   if (a.h % 8 != 0 || a.v % 8 != 0)

@@ -98,7 +98,7 @@ template <class T, class W, int VEC, int ITEMS> __global__ void __launch_bounds_
 #pragma unroll
         for (int e = 0; e < VEC; ++e) squares += v[item][e] * v[item][e];
     }
-    const float rstd = rsqrtf(row_sum(squares) / float(a.h) + a.eps);
+    const float rstd = 1.f / sqrtf(row_sum(squares) / float(a.h) + a.eps);  // rsqrtf is off by up to 2 ulp
     if (!live) continue;
     if (threadIdx.x == 0) a.rstd[i] = rstd;
 #pragma unroll

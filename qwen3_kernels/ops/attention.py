@@ -6,6 +6,7 @@ for grouped queries.
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import torch
@@ -120,9 +121,11 @@ def _sdpa(
     if cu_seqlens is not None:
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             return _flash_varlen(q, k, v, causal, scale, cu_seqlens)
-        parts = [_sdpa(q[None, a:b], k[None, a:b], v[None, a:b], causal, scale, None, None)[0]
-                 for a, b in _bounds(cu_seqlens) if b > a]
-        return torch.cat(parts)
+        # split, not slices: its backward is one cat, where each slice would write a whole zero-filled gradient
+        # (113 against 69 ms for 16 documents of 128 tokens, 16+8 heads, on 2 cores).
+        lengths = cu_seqlens.diff().tolist()
+        docs = zip(*(t.split(lengths) for t in (q, k, v)))
+        return torch.cat([_sdpa(*(t[None] for t in doc), causal, scale, None, None)[0] for doc in docs])
     mask = None
     if causal and (q_start is not None or q.shape[1] != k.shape[1]):
         causal, mask = False, _causal_mask(q, k, q_start)
@@ -135,17 +138,26 @@ def _sdpa(
 def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, cu_seqlens: Tensor) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # The bound on the longest document only sizes the grid, so N serves and no host sync is needed to find it.
-    if "window_size" in _parameters(varlen_attn):  # torch >= 2.12
-        options = {"scale": scale, "window_size": (-1, 0 if causal else -1), "enable_gqa": q.shape[1] != k.shape[1]}
+    # torch 2.11 to 2.13 added these arguments one by one; what is missing is done by hand.
+    known, options = _parameters(varlen_attn), {}
+    if "window_size" in known:
+        options["window_size"] = (-1, 0 if causal else -1)
     else:
-        group = q.shape[1] // k.shape[1]
-        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+        options["is_causal"] = causal
+    if "scale" in known:
+        options["scale"] = scale
+    else:
         q = q * (scale * q.shape[-1] ** 0.5)
-        options = {"is_causal": causal}
+    group = q.shape[1] // k.shape[1]
+    if "enable_gqa" in known:
+        options["enable_gqa"] = group > 1
+    elif group > 1:
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    # The bound on the longest document only sizes the grid, so N serves and no host sync is needed to find it.
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, q.shape[0], k.shape[0], **options)
 
 
+@functools.cache
 def _parameters(function) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 

@@ -101,6 +101,13 @@ def test_a_kernel_that_raises_is_not_used(monkeypatch):
         assert chosen("rms_norm").backend == "torch"
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_first_call_without_gradients_still_checks_the_backward(mode):
+    with mode():
+        choice = chosen("rms_norm")
+    assert choice.backend == "cpu" and choice.error <= selfcheck.LIMIT
+
+
 def test_the_self_check_would_see_one_part_in_a_hundred():
     x = torch.randn(64)
     assert selfcheck.error_ratio(x * 1.01, x, x.double()) > 100
