@@ -75,6 +75,9 @@ inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST
 inline Vec pow2(Vec n) {  // 2^n for integral n in [-127, 128], 0 at -127
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23));
 }
+inline Vec select_le(Vec a, Vec b, Vec x, Vec y) {  // a <= b ? x : y
+  return _mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ), x.v);
+}
 inline Vec keep_nan(Vec x, Vec y) { return _mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), x.v); }
 
 #elif defined(QWEN3_ISA_avx2)
@@ -136,6 +139,7 @@ inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT 
 inline Vec pow2(Vec n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23));
 }
+inline Vec select_le(Vec a, Vec b, Vec x, Vec y) { return _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)); }
 inline Vec keep_nan(Vec x, Vec y) { return _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)); }
 
 #else
@@ -170,6 +174,7 @@ inline Vec max(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] > b.v[i] 
 inline Vec min(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
 inline Vec round(Vec a) { return lanes([&](int i) { return std::nearbyint(a.v[i]); }); }
 inline Vec pow2(Vec n) { return lanes([&](int i) { return std::ldexp(1.f, int(n.v[i])); }); }
+inline Vec select_le(Vec a, Vec b, Vec x, Vec y) { return lanes([&](int i) { return a.v[i] <= b.v[i] ? x.v[i] : y.v[i]; }); }
 inline Vec keep_nan(Vec x, Vec y) { return lanes([&](int i) { return x.v[i] != x.v[i] ? x.v[i] : y.v[i]; }); }
 
 #endif
