@@ -38,17 +38,18 @@ def check_registration(op, backend: str, custom_op, args: tuple, inputs: dict, *
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def check_repeatable(op, backend: str, inputs: dict, times: int = 5, **options) -> None:
-    """Bitwise equal results, again and again, and whatever the number of threads."""
-    threads = torch.get_num_threads()
+def check_repeatable(op, backend: str, inputs: dict, times: int = 5, threads: tuple[int, ...] = (1, 2), **options) -> None:
+    """Bitwise equal results, again and again, and whatever the number of threads (where matrix products are torch's, its
+    own results depend on that number)."""
+    before = torch.get_num_threads()
     with dispatch.use(backend):
         first = selfcheck.outputs_and_grads(lambda **kw: op(**kw, **options), inputs)
         for i in range(times):
-            torch.set_num_threads(1 + i % 2)
+            torch.set_num_threads(threads[i % len(threads)])
             try:
                 again = selfcheck.outputs_and_grads(lambda **kw: op(**kw, **options), inputs)
             finally:
-                torch.set_num_threads(threads)
+                torch.set_num_threads(before)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
