@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3_kernels import dispatch, selfcheck
 
@@ -18,6 +19,11 @@ def backends(op: str) -> list:
     if op != "attention" or DEVICE == "cpu":  # on CUDA attention is torch's own
         assert found, f"no backend of {names} runs {op} on {DEVICE}: is the package built?"
     return found
+
+
+def pick(backend: str, usual: int, interpreted: int) -> int:
+    """A size: a smaller one for Triton's interpreter, which is slow."""
+    return interpreted if backend == "triton" and DEVICE == "cpu" else usual
 
 
 def check_error_rule(op, ref, backend: str, inputs: dict, **options) -> None:
@@ -51,6 +57,25 @@ def check_repeatable(op, backend: str, inputs: dict, times: int = 5, threads: tu
             finally:
                 torch.set_num_threads(before)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+class _Calls(TorchDispatchMode):
+    """Names of the torch operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def check_no_copy(function, *args) -> None:
+    """The backend's ``function`` reads and writes its arguments where they are."""
+    with _Calls() as calls:
+        function(*args)
+    assert not calls.names & {"clone", "copy_", "contiguous", "_to_copy"}, calls.names
 
 
 def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
