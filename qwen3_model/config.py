@@ -79,19 +79,21 @@ class Qwen3Config:
         if isinstance(self.eos_token_id, list):
             set_("eos_token_id", tuple(self.eos_token_id))
         set_("rope_scaling", _checked_scaling(self.rope_scaling, self.max_position_embeddings))
+        _require(type(self.num_experts) is int and self.num_experts >= 0, "num_experts", self.num_experts, "0 or more")
         sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                  "head_dim", "max_position_embeddings", "decoder_sparse_step"]
         sizes += ["num_experts_per_tok", "moe_intermediate_size"] if self.num_experts else ["intermediate_size"]
         for name in sizes:
             value = getattr(self, name)
             _require(type(value) is int and value > 0, name, value, "a positive int")
-        _require(type(self.num_experts) is int and self.num_experts >= 0, "num_experts", self.num_experts, "0 or more")
         _require(self.num_attention_heads % self.num_key_value_heads == 0, "num_attention_heads",
                  self.num_attention_heads, f"a multiple of num_key_value_heads {self.num_key_value_heads}")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number, since RoPE turns pairs")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, name)
             _require(isinstance(value, (int, float)) and value > 0, name, value, "a positive number")
+        for name in ("tie_word_embeddings", "norm_topk_prob"):
+            _require(type(getattr(self, name)) is bool, name, repr(getattr(self, name)), "True or False")
         if self.num_experts:
             _require(self.num_experts_per_tok <= self.num_experts, "num_experts_per_tok", self.num_experts_per_tok,
                      f"at most num_experts {self.num_experts}")

@@ -9,13 +9,13 @@ from torch import Tensor
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, q_start: Tensor | None = None) -> Tensor:
     """Arguments and result as `qwen3_kernels.attention`, always causal. Syncs with the host."""
+    if not q.numel():
+        return q
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff().tolist()
         docs = zip(*(t.split(lengths) for t in (q, k, v)))
         return torch.cat([attention(*(t.unsqueeze(0) for t in doc))[0] for doc in docs])
     T, scale, groups = q.shape[1], q.shape[-1] ** -0.5, q.shape[2] // k.shape[2]
-    if not q.numel():
-        return q
     mask = None
     if q_start is not None:  # k and v are a whole cache
         starts = q_start.tolist()

@@ -285,12 +285,16 @@ def _sync(file: Path) -> None:
 
 def _put_in_place(new: Path, path: Path) -> None:
     """Renames `new` to `path`. Two renames when `path` exists: a crash between them leaves no folder rather than a mix
-    of old and new weights."""
+    of old and new weights. When the second one fails, the first is undone."""
     _sync(new)
     if path.exists():
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         os.rename(path, old)
-        os.rename(new, path)
+        try:
+            os.rename(new, path)
+        except OSError:
+            os.rename(old, path)
+            raise
         for entry in old.iterdir():
             if not _SHARD.fullmatch(entry.name) and entry.name not in (INDEX, "config.json"):
                 os.rename(entry, path / entry.name)
