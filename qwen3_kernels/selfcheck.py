@@ -58,13 +58,24 @@ def outputs_and_grads(function: Callable[..., Tensor | tuple[Tensor, ...]], inpu
     return [o.detach() for o in out] + [g for g in grads if g is not None]
 
 
-def compare(op: Callable, ref: Callable, inputs: dict[str, Tensor], **options) -> float:
-    """Worst error ratio of ``op`` over its outputs and gradients; truth is ``ref`` in fp64 on the CPU."""
-    wide = {n: t.detach().cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()}
-    truth = outputs_and_grads(lambda **kw: ref(**kw, **options), wide)
+def ratios(op: Callable, ref: Callable, inputs: dict[str, Tensor], **options) -> list[float]:
+    """Error ratio of each output and gradient of ``op``; truth is ``ref`` in fp64 on the CPU."""
+    wide, wide_options = ({n: _wide(t) for n, t in d.items()} for d in (inputs, options))
+    truth = outputs_and_grads(lambda **kw: ref(**kw, **wide_options), wide)
     plain = outputs_and_grads(lambda **kw: ref(**kw, **options), inputs)
     got = outputs_and_grads(lambda **kw: op(**kw, **options), inputs)
-    return max(error_ratio(g, p, t) for g, p, t in zip(got, plain, truth, strict=True))
+    return [error_ratio(g, p, t) for g, p, t in zip(got, plain, truth, strict=True)]
+
+
+def compare(op: Callable, ref: Callable, inputs: dict[str, Tensor], **options) -> float:
+    """The worst of `ratios`."""
+    return max(ratios(op, ref, inputs, **options))
+
+
+def _wide(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().cpu().double() if value.is_floating_point() else value.cpu()
 
 
 def inputs_for(op: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -297,7 +297,7 @@ def _reduced_context(ctx, inputs, output):
 def _reduced_autograd(ctx, dloss, *_):
     wanted = ctx.needs_input_grad[:2]
     # In place: another gradient of the head's size would be the largest tensor here (311 MB for 0.6B).
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(dloss) is not Tensor:  # traced: AOTAutograd allows no mutation here
         grads = [g * dloss if want else None for g, want in zip(ctx.saved_tensors, wanted)]
     else:
         if ctx.spent:

@@ -50,6 +50,7 @@ def _target_of(label, ignore_index, V: tl.constexpr):
 def _forward_kernel(
     logits, labels, nll, lse, stride, ignore_index, V: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr
 ):
+    PRECISE: tl.constexpr = logits.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target = _target_of(tl.load(labels + row), ignore_index, V)
@@ -63,13 +64,13 @@ def _forward_kernel(
         v = tl.where(cols == target, float("-inf"), v)
         higher = tl.maximum(peak, tl.max(v, 0))
         shift = _finite_or_zero(higher)
-        total = total * exp(peak - shift) + tl.sum(exp(v - shift[None, :]), 0)
+        total = total * exp(peak - shift, PRECISE) + tl.sum(exp(v - shift[None, :], PRECISE), 0)
         peak = higher
     shift = _finite_or_zero(tl.max(peak, 0))
-    mass = tl.log(tl.sum(total * exp(peak - shift), 0))
+    mass = tl.log(tl.sum(total * exp(peak - shift, PRECISE), 0))
     true = tl.load(logits + target, mask=target >= 0, other=float("-inf")).to(tl.float32)
     gap = (shift - true) + mass  # in this order: mass is rounded into the sum once, not twice
-    tail = _log1p(exp(-tl.abs(gap)))
+    tail = _log1p(exp(-tl.abs(gap), PRECISE))
     loss = tl.where(target >= 0, tl.maximum(gap, 0.0) + tail, float("nan"))
     tl.store(nll + row, tl.where(target == IGNORED, 0.0, loss))
     tl.store(lse + row, tl.maximum(shift + mass, true) + tail)
@@ -80,6 +81,7 @@ def _backward_kernel(
     dnll, dlse, logits, labels, lse, dlogits, dnll_stride, dlse_stride, stride, ignore_index,
     V: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):
+    PRECISE: tl.constexpr = logits.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     dlogits += row * V
@@ -101,12 +103,12 @@ def _backward_kernel(
         for start in range(0, V, DEPTH * LANES):
             cols = start + tile
             v = tl.load(logits + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
-            p = exp(v - shift)
+            p = exp(v - shift, PRECISE)
             tl.store(dlogits + cols, cast(p * (dn + dl), dlogits.dtype.element_ty), mask=cols < V)
             others += tl.sum(tl.where(cols == target, 0.0, p), 0)
         rest = tl.sum(others, 0)
         tl.debug_barrier()  # another thread of this program wrote a first value of the true class
-        true = exp(tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32) - shift)
+        true = exp(tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32) - shift, PRECISE)
         d = dl * true - dn * (rest / (rest + true))
         tl.store(dlogits + target, cast(d, dlogits.dtype.element_ty), mask=target >= 0)
 

@@ -38,7 +38,7 @@ def _forward_kernel(
     mask = None if FULL else (rows < N) & (cols < I)
     g = load(gate + rows * gate_stride + cols, mask).to(tl.float32)
     u = load(up + rows * up_stride + cols, mask).to(tl.float32)
-    silu = _divide(g, 1.0 + exp(-g), y.dtype.element_ty)
+    silu = _divide(g, 1.0 + exp(-g, y.dtype.element_ty == tl.float32), y.dtype.element_ty)
     tl.store(y + rows * I + cols, cast(silu * u, y.dtype.element_ty), mask=mask)
 
 
@@ -52,7 +52,7 @@ def _backward_kernel(
     d = load(dy + rows * dy_stride + cols, mask).to(tl.float32)
     g = load(gate + rows * gate_stride + cols, mask).to(tl.float32)
     u = load(up + rows * up_stride + cols, mask).to(tl.float32)
-    s = _divide(1.0, 1.0 + exp(-g), dgate.dtype.element_ty)
+    s = _divide(1.0, 1.0 + exp(-g, dgate.dtype.element_ty == tl.float32), dgate.dtype.element_ty)
     tl.store(dup + rows * dup_stride + cols, cast(d * g * s, dup.dtype.element_ty), mask=mask)
     slope = s * (1.0 + g * (1.0 - s))
     tl.store(dgate + rows * dgate_stride + cols, cast(d * u * slope, dgate.dtype.element_ty), mask=mask)

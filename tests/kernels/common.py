@@ -29,8 +29,9 @@ def pick(backend: str, usual: int, interpreted: int) -> int:
 def check_error_rule(op, ref, backend: str, inputs: dict, **options) -> None:
     """Error at most twice plain torch's in the same dtype, for every output and gradient; truth is fp64."""
     with dispatch.use(backend):
-        ratio = selfcheck.compare(op, ref, inputs, **options)
-    assert ratio <= selfcheck.LIMIT, f"{op.__name__} on {backend}: error {ratio:.3g} times that of plain torch"
+        ratios = selfcheck.ratios(op, ref, inputs, **options)
+    shown = ", ".join(f"{r:.3g}" for r in ratios)
+    assert max(ratios) <= selfcheck.LIMIT, f"{op.__name__} on {backend}: errors {shown} times those of plain torch"
 
 
 def check_registration(op, backend: str, custom_op, args: tuple, inputs: dict, **options) -> None:
@@ -72,7 +73,9 @@ class _Calls(TorchDispatchMode):
 
 
 def check_no_copy(function, *args) -> None:
-    """The backend's ``function`` reads and writes its arguments where they are."""
+    """The CPU backend's ``function`` reads and writes its arguments where they are."""
+    if DEVICE != "cpu":
+        pytest.skip("of the CPU kernels")
     with _Calls() as calls:
         function(*args)
     assert not calls.names & {"clone", "copy_", "contiguous", "_to_copy"}, calls.names
