@@ -177,6 +177,26 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
+def test_the_gradient_of_the_head_is_held_once():
+    """In the whole step one tensor of the head's shape is made."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.extend(str(function) for t in torch.utils._pytree.tree_leaves(out) if getattr(t, "shape", None) == (520, 32))
+            return out
+
+    inputs = inputs_for(24, 32, 520, torch.float32)
+    hidden, head = (inputs[n].requires_grad_() for n in ("hidden", "head"))
+    linear_cross_entropy(hidden, head, inputs["labels"])  # the self-check is over
+    with Made():
+        torch.autograd.grad(linear_cross_entropy(hidden, head, inputs["labels"]), (hidden, head))
+    assert made == ["qwen3.linear_cross_entropy_reduced.default"]
+
+
 @parametrize
 def test_all_labels_ignored(backend, dtype):
     inputs = inputs_for(5, 16, 24, dtype)
