@@ -19,13 +19,16 @@ from types import ModuleType
 
 import torch
 
-OPS = ("rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "attention")
+OPS = ("rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention")
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
 # Order of preference. On CUDA, Triton leads: it needs no build and runs everywhere. `attention` uses torch's SDPA there.
 PREFERENCE = {
     "cpu": {op: ("cpu", "torch") for op in OPS},
-    "cuda": {op: ("triton", "torch") for op in OPS} | {"attention": ("torch",), "rms_norm": ("triton", "cuda", "torch")},
+    "cuda": {op: ("triton", "torch") for op in OPS} | {
+        "attention": ("torch",), "rms_norm": ("triton", "cuda", "torch"),
+        "linear_cross_entropy": ("cuda", "triton", "torch"),  # the compiled one needs Hopper's wgmma
+    },
 }
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -113,19 +116,22 @@ def unavailable(op: str, name: str, device: str, dtype: torch.dtype) -> str | No
     """Why a backend cannot run an op here, or None when it can."""
     if name == "torch":
         return None
-    if dtype not in DTYPES[name]:
-        return f"no {str(dtype).removeprefix('torch.')}"
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device != DEVICES[name] and not (interpreted and device == "cpu"):
         return f"runs on {DEVICES[name]} tensors"
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
-        _module(op, name)
+        module = _module(op, name)
     except ModuleNotFoundError as e:
         return "no kernel" if e.name == f"{__package__}.{name}.{op}" else f"not built ({e.name})"
     except ImportError as e:
         return f"not built ({e})"
+    if dtype not in getattr(module, "DTYPES", DTYPES[name]):
+        return f"no {str(dtype).removeprefix('torch.')}"
+    needed = getattr(module, "CAPABILITY", None)
+    if needed and torch.cuda.get_device_capability() != needed:
+        return f"needs a GPU of capability {'.'.join(map(str, needed))}"
     return None
 
 

@@ -28,7 +28,10 @@ def attention_ref(
         parts = [
             attention_ref(q[None, s], k[None, s], v[None, s], causal=causal, scale=scale, return_lse=True) for s in docs
         ]
-        out, lse = (torch.cat(p, 1)[0] for p in zip(*parts))
+        if not parts:  # no document, no token
+            out, lse = q.clone(), q.new_empty(q.shape[:-1], dtype=torch.float32)
+        else:
+            out, lse = (torch.cat(p, 1)[0] for p in zip(*parts))
         return (out, lse) if return_lse else out
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[2] // k.shape[2]

@@ -93,3 +93,18 @@ def sum_partials(partial: Tensor, first: Tensor, second: Tensor | None = None, s
         partial, first, first if second is None else second, P if split is None else split, P, H,
         DEPTH=128, WIDTH=32, num_warps=8,
     )
+
+
+@triton.jit
+def _scale_kernel(x, factor, n, BLOCK: tl.constexpr):
+    f = tl.load(factor).to(tl.float32)
+    if f != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        v = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
+        tl.store(x + at, cast(v * f, x.dtype.element_ty), mask=at < n)
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, a scalar tensor; x is contiguous. Nothing is read or written when the factor is 1, without a sync."""
+    with on_device(x):
+        _scale_kernel[(triton.cdiv(x.numel(), 16384),)](x, factor, x.numel(), BLOCK=16384, num_warps=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3_kernels import dispatch, selfcheck
 
@@ -15,8 +16,14 @@ def backends(op: str) -> list:
     """Parameters for every backend that has a kernel for ``op`` on this machine's device."""
     names = ("cpu", "cuda", "triton")
     found = [n for n in names if dispatch.unavailable(op, n, DEVICE, torch.float32) is None]
-    assert found, f"no backend of {names} runs {op} on {DEVICE}: is the package built?"
+    if op != "attention" or DEVICE == "cpu":  # on CUDA attention is torch's own
+        assert found, f"no backend of {names} runs {op} on {DEVICE}: is the package built?"
     return found
+
+
+def pick(backend: str, usual: int, interpreted: int) -> int:
+    """A size: a smaller one for Triton's interpreter, which is slow."""
+    return interpreted if backend == "triton" and DEVICE == "cpu" else usual
 
 
 def check_error_rule(op, ref, backend: str, inputs: dict, **options) -> None:
@@ -37,18 +44,38 @@ def check_registration(op, backend: str, custom_op, args: tuple, inputs: dict, *
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def check_repeatable(op, backend: str, inputs: dict, times: int = 5, **options) -> None:
-    """Bitwise equal results, again and again, and whatever the number of threads."""
-    threads = torch.get_num_threads()
+def check_repeatable(op, backend: str, inputs: dict, times: int = 5, threads: tuple[int, ...] = (1, 2), **options) -> None:
+    """Bitwise equal results, again and again, and whatever the number of threads (where matrix products are torch's, its
+    own results depend on that number)."""
+    before = torch.get_num_threads()
     with dispatch.use(backend):
         first = selfcheck.outputs_and_grads(lambda **kw: op(**kw, **options), inputs)
         for i in range(times):
-            torch.set_num_threads(1 + i % 2)
+            torch.set_num_threads(threads[i % len(threads)])
             try:
                 again = selfcheck.outputs_and_grads(lambda **kw: op(**kw, **options), inputs)
             finally:
-                torch.set_num_threads(threads)
+                torch.set_num_threads(before)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+class _Calls(TorchDispatchMode):
+    """Names of the torch operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def check_no_copy(function, *args) -> None:
+    """The backend's ``function`` reads and writes its arguments where they are."""
+    with _Calls() as calls:
+        function(*args)
+    assert not calls.names & {"clone", "copy_", "contiguous", "_to_copy"}, calls.names
 
 
 def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:

@@ -1,0 +1,52 @@
+"""Every instruction set that this machine runs, each in a process of its own, since the choice is made once."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qwen3_kernels import dispatch, selfcheck
+
+ISAS = ("scalar", "avx2", "avx512")
+SCRIPT = """
+import json, torch
+from qwen3_kernels import dispatch, selfcheck
+from qwen3_kernels.cpu._core import core
+
+errors, left_out = {}, {}
+for op in dispatch.OPS:
+    for dtype in (torch.float32, torch.bfloat16):
+        why = dispatch.unavailable(op, "cpu", "cpu", dtype)
+        if why:
+            left_out[op] = why
+        else:
+            errors[f"{op} {dtype}"] = selfcheck.run(op, "cpu", "cpu", dtype)
+print(json.dumps({"isa": core.isa(), "errors": errors, "left_out": left_out}))
+"""
+
+
+def run(isa: str, script: str = SCRIPT) -> subprocess.CompletedProcess:
+    env = os.environ | {"QWEN3_CPU_ISA": isa}
+    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_error_rule(isa):
+    done = run(isa)
+    if "but the best this machine runs is" in done.stderr:
+        pytest.skip(f"this machine does not run {isa}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["isa"] == isa
+    assert all(why == "no kernel" for why in report["left_out"].values()), report["left_out"]
+    assert len(report["errors"]) == 2 * (len(dispatch.OPS) - len(report["left_out"])) > 0
+    over = {name: error for name, error in report["errors"].items() if not error <= selfcheck.LIMIT}
+    assert not over, f"error relative to plain torch on {isa}: {over}"
+
+
+def test_an_unknown_instruction_set_is_refused():
+    done = run("sse9", "from qwen3_kernels.cpu._core import core; core.isa()")
+    assert done.returncode != 0
+    assert "QWEN3_CPU_ISA is 'sse9'; expected scalar, avx2 or avx512" in done.stderr

@@ -1,0 +1,277 @@
+import pytest
+import torch
+from common import DEVICE, check_error_rule, check_repeatable, parametrize_dtype, randn
+
+from qwen3_kernels import dispatch, linear_cross_entropy, selfcheck
+from qwen3_kernels.ops.linear_cross_entropy import linear_cross_entropy_ref
+
+OP = "linear_cross_entropy"
+CASES = [
+    pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+    for name in ("cpu", "cuda", "triton", "torch") for dtype in (torch.float32, torch.bfloat16)
+    if dispatch.unavailable(OP, name, DEVICE, dtype) is None
+]
+parametrize = pytest.mark.parametrize("backend, dtype", CASES)
+BACKENDS = sorted({c.values[0] for c in CASES})
+
+
+def inputs_for(N, H, V, dtype, scale=1.0, ignored=True):
+    labels = torch.randint(V, (N,), device=DEVICE)
+    if ignored:
+        labels[1::3] = -100
+    return {"hidden": randn(N, H, dtype=dtype), "head": randn(V, H, dtype=dtype, scale=scale * H**-0.5), "labels": labels}
+
+
+def test_every_backend_of_this_machine_is_tested():
+    assert "torch" in BACKENDS and ("cpu" in BACKENDS if DEVICE == "cpu" else "triton" in BACKENDS)
+
+
+@parametrize
+@pytest.mark.parametrize("shape", [(1, 8, 8), (5, 24, 72), (300, 64, 264), (7, 40, 1024)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_error_rule(backend, dtype, shape, reduction):
+    check_error_rule(linear_cross_entropy, linear_cross_entropy_ref, backend, inputs_for(*shape, dtype), reduction=reduction)
+
+
+@parametrize
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.6}, {"z_loss": 1e-3}, {"z_loss": 0.01, "temperature": 1.7, "reduction": "none"}], ids=str
+)
+def test_temperature_and_z_loss(backend, dtype, options):
+    check_error_rule(linear_cross_entropy, linear_cross_entropy_ref, backend, inputs_for(40, 48, 96, dtype, 2.0), **options)
+
+
+@parametrize
+@pytest.mark.parametrize("reduction, num_items", [("mean", None), ("sum", None), ("num_items", 37.0), ("none", None)])
+def test_weights(backend, dtype, reduction, num_items):
+    """Loss masks, and for single losses (whose sum would cancel) signed advantages; some of them zero."""
+    weights = torch.randn(40, device=DEVICE)
+    weights = weights if reduction == "none" else weights.abs()
+    weights[::5] = 0
+    check_error_rule(linear_cross_entropy, linear_cross_entropy_ref, backend, inputs_for(40, 48, 96, dtype),
+                     reduction=reduction, num_items=num_items, weights=weights)
+
+
+@parametrize
+def test_signed_weights_of_a_sum(backend, dtype):
+    """The gradients of the sum, computed in the forward, are those of the single losses, computed in the backward."""
+    inputs, weights = inputs_for(40, 48, 96, dtype), torch.randn(40, device=DEVICE)
+    hidden, head = (inputs[n].requires_grad_() for n in ("hidden", "head"))
+    with dispatch.use(backend):
+        grads = [
+            torch.autograd.grad(linear_cross_entropy(**inputs, weights=weights, reduction=r).sum(), (hidden, head))
+            for r in ("sum", "none")
+        ]
+    for a, b in zip(*grads):
+        assert torch.equal(a, b) and a.abs().sum() > 0
+
+
+@parametrize
+@pytest.mark.parametrize("scale", [5.0, 30.0, 300.0], ids=["p-near-1", "p-is-1", "huge"])
+@pytest.mark.parametrize("right", [True, False], ids=["label-is-likeliest", "label-is-unlikely"])
+def test_rows_that_are_sure(backend, dtype, scale, right):
+    """Every hidden state is one row of the head, scaled: its token has nearly all the probability."""
+    inputs = inputs_for(33, 64, 264, dtype, ignored=False)
+    tokens = torch.arange(33, device=DEVICE) * 8
+    inputs["hidden"] = inputs["head"][tokens] * scale
+    inputs["labels"] = tokens if right else (tokens + 9) % 264
+    check_error_rule(linear_cross_entropy, linear_cross_entropy_ref, backend, inputs, reduction="sum")
+
+
+@parametrize
+def test_chunks_do_not_change_the_result(backend, dtype):
+    inputs = inputs_for(300, 32, 64, dtype)
+    with dispatch.use(backend):
+        whole, parts = (
+            selfcheck.outputs_and_grads(lambda **kw: linear_cross_entropy(**kw, chunk_tokens=n), inputs) for n in (512, 70)
+        )
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4 if dtype == torch.bfloat16 else 1e-7)
+
+
+@parametrize
+def test_stats(backend, dtype):
+    inputs = inputs_for(20, 32, 64, dtype, 2.0)
+    with dispatch.use(backend):
+        loss, stats = linear_cross_entropy(**inputs, return_stats=True, reduction="none", temperature=0.7)
+    kept = inputs["labels"] != -100
+    logits = inputs["hidden"].double() @ inputs["head"].double().T / 0.7
+    logp = logits.log_softmax(-1)
+    want = {
+        "nll": -logp.gather(1, inputs["labels"].clamp(min=0).unsqueeze(1)).squeeze(1),
+        "lse": logits.logsumexp(-1), "entropy": -(logp.exp() * logp).sum(-1),
+    }
+    for name, value in want.items():
+        torch.testing.assert_close(getattr(stats, name).double(), value * kept, rtol=3e-2 if dtype == torch.bfloat16 else 1e-5,
+                                   atol=3e-2 if dtype == torch.bfloat16 else 1e-5)
+        assert not getattr(stats, name).requires_grad
+    torch.testing.assert_close(loss, stats.nll)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_gradients_meet_fp32_logits(backend):
+    """Plain torch rounds the logits to bf16; where a kernel keeps fp32 logits its gradients are clearly better."""
+    if backend not in ("cuda", "triton") or DEVICE == "cpu":
+        pytest.skip("the CPU's matrix product rounds to bf16")
+    with dispatch.use(backend):
+        ratio = selfcheck.compare(linear_cross_entropy, linear_cross_entropy_ref, inputs_for(300, 64, 264, torch.bfloat16, 8.0))
+    assert ratio < 1
+
+
+@parametrize
+def test_only_one_gradient_is_wanted(backend, dtype):
+    inputs = inputs_for(20, 32, 64, dtype)
+    with dispatch.use(backend):
+        both = selfcheck.outputs_and_grads(linear_cross_entropy, inputs)
+        for reduction in ("mean", "none"):
+            for name, want in (("hidden", both[1]), ("head", both[2])):
+                leaf = inputs[name].clone().requires_grad_()
+                loss = linear_cross_entropy(**(inputs | {name: leaf}), reduction=reduction)
+                loss = loss.sum() / (inputs["labels"] != -100).sum() if reduction == "none" else loss
+                loss.backward(selfcheck_cotangent())
+                torch.testing.assert_close(leaf.grad, want, rtol=2e-2, atol=2e-3 * want.abs().max().item())
+        with torch.no_grad():
+            assert not linear_cross_entropy(**(inputs | {"hidden": inputs["hidden"].clone().requires_grad_()})).requires_grad
+
+
+def selfcheck_cotangent():
+    """What outputs_and_grads uses for a scalar."""
+    return torch.randn((), generator=torch.Generator().manual_seed(1), dtype=torch.float64).float().to(DEVICE)
+
+
+@parametrize
+def test_head_gradient_is_added_in_place(backend, dtype):
+    inputs = inputs_for(24, 32, 64, dtype)
+    for buffer_dtype in {dtype, torch.float32}:
+        with dispatch.use(backend):
+            whole = inputs["head"].clone().requires_grad_()
+            linear_cross_entropy(**(inputs | {"head": whole}), reduction="num_items", num_items=16).backward()
+            total = torch.zeros(64, 32, dtype=buffer_dtype, device=DEVICE)
+            leaf, grads = inputs["head"].clone().requires_grad_(), []
+            for half in (slice(0, 12), slice(12, 24)):
+                hidden = inputs["hidden"][half].clone().requires_grad_()
+                linear_cross_entropy(hidden, leaf, inputs["labels"][half], reduction="num_items", num_items=16,
+                                     head_grad=total).backward()
+                grads.append(hidden.grad)
+            assert leaf.grad is None and all(g.abs().sum() > 0 for g in grads)
+        torch.testing.assert_close(total, whole.grad.to(buffer_dtype), rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there it is a device-side assertion, which would end the process's context")
+def test_head_grad_wants_an_unscaled_loss():
+    inputs = inputs_for(4, 8, 16, torch.float32)
+    inputs["head"].requires_grad_()
+    loss = linear_cross_entropy(**inputs, head_grad=torch.zeros(16, 8))
+    with pytest.raises(RuntimeError, match="gradient of the loss must be 1"):
+        (loss / 2).backward()
+
+
+def test_a_second_backward_is_refused():
+    inputs = inputs_for(4, 8, 16, torch.float32)
+    inputs["head"].requires_grad_()
+    loss = linear_cross_entropy(**inputs)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+@parametrize
+def test_all_labels_ignored(backend, dtype):
+    inputs = inputs_for(5, 16, 24, dtype)
+    inputs["labels"][:] = -100
+    with dispatch.use(backend):
+        out = selfcheck.outputs_and_grads(linear_cross_entropy, inputs)
+    assert all((t == 0).all() for t in out)
+
+
+@parametrize
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_registration_and_compile(backend, dtype, reduction):
+    inputs = inputs_for(12, 16, 24, dtype)
+    leaves = inputs["hidden"].clone().requires_grad_(), inputs["head"].clone().requires_grad_(), inputs["labels"]
+    with dispatch.use(backend):
+        if reduction == "none":
+            args = (*leaves, -100, 1.0, 0.0, True, 256, backend)
+            torch.library.opcheck(torch.ops.qwen3.linear_cross_entropy.default, args)
+        else:
+            args = (*leaves, torch.ones(12, device=DEVICE), True, True, -100, 1.0, 0.0, True, 256, backend)
+            torch.library.opcheck(torch.ops.qwen3.linear_cross_entropy_reduced.default, args,
+                                  test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+        torch._dynamo.reset()
+        function = lambda **kw: linear_cross_entropy(**kw, reduction=reduction)  # noqa: E731
+        eager = selfcheck.outputs_and_grads(function, inputs)
+        compiled = selfcheck.outputs_and_grads(torch.compile(function, fullgraph=True, backend="aot_eager"), inputs)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@parametrize
+def test_repeatable(backend, dtype):
+    with dispatch.use(backend):
+        check_repeatable(linear_cross_entropy, backend, inputs_for(70, 32, 64, dtype), chunk_tokens=32, threads=(2,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offset", [0, 44, 100, 1000])
+def test_overflowing_sums_are_done_again(offset):
+    """A label far below the maximum overflows the sum against its own logit; those rows run again."""
+    N, H, V = 600, 64, 520
+    head = torch.randn(V, H, device="cuda", dtype=torch.bfloat16) * 0.1
+    hidden = torch.randn(N, H, device="cuda", dtype=torch.bfloat16)
+    head[7], head[8] = 0, 0
+    head[7, 0], head[8, 0] = 1, -1
+    hidden[300:320, 0] = offset / 2
+    labels = torch.full((N,), 8, device="cuda")
+    inputs = {"hidden": hidden, "head": head, "labels": labels}
+    check_error_rule(linear_cross_entropy, linear_cross_entropy_ref, "cuda", inputs, reduction="sum")
+
+
+@pytest.mark.gpu
+def test_a_label_out_of_range_gives_nan_on_cuda():
+    inputs = inputs_for(8, 16, 24, torch.bfloat16, ignored=False)
+    inputs["labels"][3] = 24
+    for backend in BACKENDS:
+        if backend != "torch":
+            with dispatch.use(backend):
+                loss = linear_cross_entropy(**inputs, reduction="none")
+            assert loss.isnan().tolist() == [i == 3 for i in range(8)]
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph():
+    inputs = inputs_for(300, 64, 264, torch.bfloat16)
+    hidden, head = (inputs[n].requires_grad_() for n in ("hidden", "head"))
+    run = lambda: torch.autograd.grad(linear_cross_entropy(hidden, head, inputs["labels"]), (hidden, head))  # noqa: E731
+    want = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+GOOD = {"hidden": torch.ones(3, 8), "head": torch.ones(16, 8), "labels": torch.zeros(3, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"head": torch.ones(16, 7)}, ValueError, r"head is \(16, 7\); expected \[V, 8\]"),
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels is \(2,\)"),
+        ({"labels": torch.zeros(3)}, TypeError, "labels is torch.float32"),
+        ({"head": torch.ones(16, 8, dtype=torch.bfloat16)}, TypeError, "head is torch.bfloat16"),
+        ({"weights": torch.ones(4)}, ValueError, r"weights is \(4,\)"),
+        ({"temperature": 0.0}, ValueError, "temperature is 0.0; expected above 0"),
+        ({"reduction": "avg"}, ValueError, "reduction is 'avg'"),
+        ({"num_items": 3}, ValueError, "num_items is 3"),
+        ({"reduction": "num_items"}, ValueError, "num_items is None"),
+        ({"head_grad": torch.zeros(16, 8), "reduction": "none"}, ValueError, "head_grad is given"),
+        ({"head_grad": torch.zeros(8, 16)}, ValueError, r"head_grad is \(8, 16\)"),
+        ({"chunk_tokens": 0}, ValueError, "chunk_tokens is 0"),
+    ],
+    ids=lambda p: next(iter(p)) if isinstance(p, dict) else "",
+)
+def test_bad_input(change, error, words):
+    args = {n: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for n, t in (GOOD | change).items()}
+    with pytest.raises(error, match=words):
+        linear_cross_entropy(**args)
