@@ -1,3 +1,4 @@
+import itertools
 import json
 import unicodedata
 from pathlib import Path
@@ -77,6 +78,21 @@ def test_equals_the_official_template(variant, conversation, tools, add, data):
     before = json.dumps(conversation)
     got = render(conversation, tools=tools, add_generation_prompt=add, enable_thinking=thinking, variant=variant)
     assert got == expected and json.dumps(conversation) == before
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_equals_the_official_template_where_newlines_and_markers_meet(variant):
+    """Every combination of a few reasonings, contents, calls and continuations of an assistant's turn."""
+    reasonings = (None, "", "\n", "t", "\n\nt\n", " t ", "</think>")
+    contents = ("", "a", "\n\na\n", "<think>\nx\n</think>\n\na", "</think>", "x</think>y</think>\nb",
+                "<think><think>x\n\n</think>", "<think>")
+    rests = ([], [{"role": "tool", "content": "r"}], [{"role": "user", "content": "<tool_response>r</tool_response>"}],
+             [{"role": "user", "content": "\n<tool_response>r</tool_response>"}], [{"role": "assistant", "content": "c"}])
+    for reasoning, content, calls, rest in itertools.product(reasonings, contents, ([], [CALL, CALL]), rests):
+        turn = {"role": "assistant", "content": content, "reasoning_content": reasoning, "tool_calls": calls}
+        conversation = [*USER, turn, *rest]
+        expected = official_template(variant)(messages=conversation, add_generation_prompt=False)
+        assert render(conversation, add_generation_prompt=False, variant=variant) == expected, conversation
 
 
 def test_variants_start_the_reply_differently():

@@ -205,9 +205,10 @@ def test_packed_exact_bf16_is_near_transformers():
 
 
 @every
-def test_cached_decoding_equals_the_full_forward(config):
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+def test_cached_decoding_equals_the_full_forward(config, numerics):
     """A prompt, pieces of several tokens, then one by one."""
-    model, tokens = ours(config), some_tokens(config, 3, 24)
+    model, tokens = ours(config, numerics=numerics), some_tokens(config, 3, 24)
     cache, logits = model.new_cache(3, 30), []
     with torch.no_grad():
         for piece in tokens.split([11, 4, 1, 5, 1, 1, 1], 1):
