@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_kernels.ops.cross_entropy import cross_entropy_ref
+from qwen3_kernels.ops.linear_cross_entropy import linear_cross_entropy_ref
 from qwen3_kernels.ops.qk_norm_rope import qk_norm_rope_ref
 from qwen3_kernels.ops.rms_norm import rms_norm_ref
 from qwen3_kernels.ops.swiglu import swiglu_ref
@@ -38,6 +39,7 @@ PEERS = {
     "torch": Peer("plain torch, its fused functions where it has them", "torch", "torch"),
     "compile": Peer("torch.compile of the plain formulas", "torch", "torch"),
     "liger": Peer("Liger-Kernel's Triton functions", "liger_kernel", "liger-kernel", cuda_only=True),
+    "cce": Peer("Apple's cut-cross-entropy", "cut_cross_entropy", "cut-cross-entropy", cuda_only=True),
     "quack": Peer("QuACK's CuTe kernels", "quack", "quack-kernels", cuda_only=True),
     "fa4": Peer("FlashAttention 4 (CuTe)", "flash_attn.cute", "flash-attn-4", cuda_only=True),
     "sdpa-flash": Peer("torch's flash attention", "torch", "torch"),
@@ -199,6 +201,40 @@ def _(context):
     from quack.cross_entropy import cross_entropy
 
     return Impl(lambda logits, labels: cross_entropy(logits, labels, reduction="mean"))
+
+
+# --- linear_cross_entropy(hidden, head, labels) -> mean loss
+
+
+@provides("torch", "linear_cross_entropy")
+def _(context):
+    return Impl(lambda hidden, head, labels: F.cross_entropy((hidden @ head.T).float(), labels))
+
+
+@provides("compile", "linear_cross_entropy")
+def _(context):
+    return _compiled(linear_cross_entropy_ref)
+
+
+@provides("liger", "linear_cross_entropy")
+def _(context):
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return Impl(lambda hidden, head, labels: LigerFusedLinearCrossEntropyFunction.apply(hidden, head, labels)[0])
+
+
+@provides("cce", "linear_cross_entropy")
+def _(context):
+    from cut_cross_entropy import linear_cross_entropy
+
+    return Impl(linear_cross_entropy)
+
+
+@provides("quack", "linear_cross_entropy")
+def _(context):
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return Impl(lambda hidden, head, labels: chunked_linear_cross_entropy(hidden, head, labels, reduction="mean"))
 
 
 # --- qk_norm_rope(q, k, q_weight, k_weight, cos, sin) -> (q', k')

@@ -10,6 +10,7 @@ from ..harness import Case
 SUITES = {
     "pointwise": "rms_norm with and without residual, swiglu, cross_entropy",
     "qk_norm_rope": "per-head RMSNorm of q and k, then RoPE",
+    "loss": "the head and cross-entropy in one, at Qwen3's vocabulary",
     "attention": "causal grouped-query attention, batched and packed",
     "generate": "a whole model: prefill, and greedy generation with a KV cache",
 }

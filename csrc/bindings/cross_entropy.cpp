@@ -17,8 +17,8 @@ void check_labels(const int64_t* labels, int64_t n, int64_t v, int64_t ignore_in
 }  // namespace
 
 void bind_cross_entropy(py::module_& m) {
-  m.def("cross_entropy", [](int64_t n, int64_t v, TensorArg logits, uintptr_t labels, int64_t ignore_index, uintptr_t nll,
-                            uintptr_t lse) {
+  m.def("cross_entropy", [](int64_t n, int64_t v, TensorArg logits, uintptr_t labels, int64_t ignore_index,
+                            uintptr_t nll, uintptr_t lse) {
     const CrossEntropy args{n, v, rows(logits), pointer<int64_t>(labels), ignore_index, pointer(nll), pointer(lse)};
     check_labels(args.labels, n, v, ignore_index);
     py::gil_scoped_release release;

@@ -1,8 +1,8 @@
 // Cross-entropy: one row at a time, read once in the forward and once in the backward.
 //
 // The true class never meets a subtraction from 1. The forward sums the other classes apart from it and takes
-// nll = log1p(sum_others / exp(x_true)); the backward gives it -dnll * sum_others / (sum_others + p_true). Both keep their
-// relative accuracy as p_true -> 1, where lse - x_true and p_true - 1 cancel. What is done once a row is done in fp64.
+// nll = log1p(sum_others / exp(x_true)); the backward gives it -dnll * sum_others / (sum_others + p_true). Both keep
+// their relative accuracy as p_true -> 1, where lse - x_true and p_true - 1 cancel. What is done once a row is in fp64.
 #include <limits>
 
 #include "cpu/cross_entropy.h"

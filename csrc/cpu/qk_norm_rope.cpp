@@ -1,5 +1,5 @@
-// Per-head RMSNorm and rotary embedding. A head is read from memory once; what follows hits L1, as do cos and sin of its
-// token. The backward recomputes the norm's scale rather than storing one per head.
+// Per-head RMSNorm and rotary embedding. A head is read from memory once; what follows hits L1, as do cos and sin of
+// its token. The backward recomputes the norm's scale rather than storing one per head.
 #include <vector>
 
 #include "cpu/qk_norm_rope.h"
@@ -9,7 +9,9 @@ namespace qwen3 {
 namespace QWEN3_ISA {
 namespace {
 
-template <class T> T* head(const Heads& x, int64_t token, int64_t h) { return row<T>(x.tokens, token) + h * x.head_stride; }
+template <class T> T* head(const Heads& x, int64_t token, int64_t h) {
+  return row<T>(x.tokens, token) + h * x.head_stride;
+}
 
 // The weight, read once per head of every token, is widened once.
 std::vector<float> widened(const Rows& weight, int64_t d) {

@@ -181,9 +181,9 @@ inline Vec keep_nan(Vec x, Vec y) { return lanes([&](int i) { return x.v[i] != x
 
 inline Vec operator-(Vec a) { return Vec(0.f) - a; }
 
-// e^x with a relative error below 8e-8 (1e-7 without FMA): Cody-Waite reduction and the degree-6 polynomial with the least
-// maximal relative error on |r| <= ln(2)/2, 3e-9; Taylor's has 1e-7 there. -inf (and all below -87.3) gives 0, NaN gives
-// NaN, and all above 88.37 the 2.4e38 of 88.37.
+// e^x with a relative error below 8e-8 (1e-7 without FMA): Cody-Waite reduction and the degree-6 polynomial with the
+// least maximal relative error on |r| <= ln(2)/2, 3e-9; Taylor's has 1e-7 there. -inf (and all below -87.3) gives 0,
+// NaN gives NaN, and all above 88.37 the 2.4e38 of 88.37.
 inline Vec exp(Vec x) {
   const Vec clamped = min(max(x, Vec(-88.f)), Vec(88.3762626f));
   const Vec n = round(clamped * Vec(1.44269504f));

@@ -63,7 +63,8 @@ def test_reductions(backend, reduction):
 @parametrize_dtype
 @pytest.mark.parametrize("scale", [1e-6, 30, 1e4, 1e30], ids=["flat", "peaked", "large", "huge"])
 def test_adversarial_scales(backend, dtype, scale):
-    check_error_rule(cross_entropy, cross_entropy_ref, backend, inputs_for((9, 300), dtype, scale=scale), reduction="none")
+    inputs = inputs_for((9, 300), dtype, scale=scale)
+    check_error_rule(cross_entropy, cross_entropy_ref, backend, inputs, reduction="none")
 
 
 @parametrize_backend
@@ -176,8 +177,8 @@ def test_gradient_rows_sum_to_zero(backend):
 def test_cpu_refuses_labels_out_of_range(label, place):
     logits, labels = inputs_for((2, 3, 50), torch.float32).values()
     labels[place] = label
-    at = place[0] * 3 + place[1]
-    with dispatch.use("cpu"), pytest.raises(IndexError, match=f"labels has {label} at {at}; expected a class from 0 to 49"):
+    words = f"labels has {label} at {place[0] * 3 + place[1]}; expected a class from 0 to 49, or ignore_index, -100"
+    with dispatch.use("cpu"), pytest.raises(IndexError, match=words):
         cross_entropy(logits.cpu(), labels.cpu())
 
 
@@ -186,8 +187,12 @@ def test_strided_rows(backend):
     wide = randn(7, 700, dtype=torch.bfloat16)
     labels = torch.randint(0, 300, (7, 2), device=DEVICE)[:, 1]
     for view in (wide[:, 40:340], wide.T[:300].T, wide.T.contiguous().T[:, :300]):
-        for a, b in zip(loss_and_grad(backend, view, labels), loss_and_grad(backend, view.contiguous(), labels.clone())):
-            assert torch.equal(a, b)
+        results = []
+        for leaf in (view.detach().requires_grad_(), view.contiguous().requires_grad_()):
+            with dispatch.use(backend):
+                nll = cross_entropy(leaf, labels, reduction="none")
+                results.append((nll, *torch.autograd.grad(nll.sum(), leaf)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_cpu_reads_strided_rows_in_place():
@@ -226,7 +231,8 @@ def test_registration_and_compile(backend, z_loss):
 
 @parametrize_backend
 def test_repeatable(backend):
-    check_repeatable(cross_entropy, backend, inputs_for((pick(backend, 70, 10), 300), torch.bfloat16, ignored=0.3), z_loss=1e-2)
+    inputs = inputs_for((pick(backend, 70, 10), 300), torch.bfloat16, ignored=0.3)
+    check_repeatable(cross_entropy, backend, inputs, z_loss=1e-2)
 
 
 @parametrize_backend
@@ -251,8 +257,8 @@ def test_empty():
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        ({"labels": torch.zeros(3, dtype=torch.int64, device=DEVICE)}, ValueError, r"labels is \(3,\); expected shape \(2,\)"),
-        ({"labels": torch.zeros(2, dtype=torch.int32, device=DEVICE)}, TypeError, "labels is torch.int32; expected torch.int64"),
+        ({"labels": torch.zeros(3, dtype=torch.int64, device=DEVICE)}, ValueError, r"labels is \(3,\); expected shape"),
+        ({"labels": torch.zeros(2, dtype=torch.int32, device=DEVICE)}, TypeError, "labels is torch.int32; expected"),
         ({"labels": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "labels is on meta"),
         ({"logits": torch.ones(2, 0, device=DEVICE)}, ValueError, r"logits is \(2, 0\)"),
         ({"logits": torch.ones(2, 8, device=DEVICE, dtype=torch.int64)}, TypeError, "logits is torch.int64"),

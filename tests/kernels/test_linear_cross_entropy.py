@@ -6,9 +6,11 @@ from qwen3_kernels import dispatch, linear_cross_entropy, selfcheck
 from qwen3_kernels.ops.linear_cross_entropy import linear_cross_entropy_ref
 
 OP = "linear_cross_entropy"
+# Not Triton on its interpreter: its part here is cross_entropy's, tested there, and this would take minutes.
 CASES = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
-    for name in ("cpu", "cuda", "triton", "torch") for dtype in (torch.float32, torch.bfloat16)
+    for name in ("cpu", "cuda", "torch", *(("triton",) if DEVICE == "cuda" else ()))
+    for dtype in (torch.float32, torch.bfloat16)
     if dispatch.unavailable(OP, name, DEVICE, dtype) is None
 ]
 parametrize = pytest.mark.parametrize("backend, dtype", CASES)
@@ -27,7 +29,7 @@ def test_every_backend_of_this_machine_is_tested():
 
 
 @parametrize
-@pytest.mark.parametrize("shape", [(1, 8, 8), (5, 24, 72), (300, 64, 264), (7, 40, 1024)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 32, 264), (5, 24, 72), (300, 64, 264), (7, 40, 1024)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_error_rule(backend, dtype, shape, reduction):
     check_error_rule(linear_cross_entropy, linear_cross_entropy_ref, backend, inputs_for(*shape, dtype), reduction=reduction)
