@@ -21,7 +21,8 @@ def moe(seed=0, dtype=torch.float32, numerics="fast", **changes) -> MoE:
 
 def by_hand(block: MoE, x):
     """Token by token, expert by expert, in fp64; equal probabilities to the lower index."""
-    gate_up, down, router = (p.double() for p in (block.experts.gate_up_proj, block.experts.down_proj, block.gate.weight))
+    weights = (block.experts.gate_up_proj, block.experts.down_proj, block.gate.weight)
+    gate_up, down, router = (w.double() for w in weights)
     rows = []
     for token in x.double().reshape(-1, x.shape[-1]):
         probs = (router @ token).softmax(0)
