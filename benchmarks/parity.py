@@ -58,7 +58,7 @@ class Row:
         return asdict(self) | {"value": value, "ok": self.ok}
 
 
-# ---- the two models ----------------------------------------------------------------------------------------------------
+# ---- the two models --------------------------------------------------------------------------------------------------
 
 
 def shapes(quick: bool) -> dict[str, Qwen3Config]:
@@ -109,7 +109,7 @@ def theirs(config: Qwen3Config, weights: Weights) -> torch.nn.Module:
     return model.eval()
 
 
-# ---- what is compared --------------------------------------------------------------------------------------------------
+# ---- what is compared ------------------------------------------------------------------------------------------------
 
 
 def max_error(got: Tensor, want: Tensor) -> float:
@@ -196,7 +196,7 @@ def compare(name: str, config: Qwen3Config, device: str, length: int, rows: int 
             yield Row(name, "bf16 fast cached, rms error over theirs", rms_error(got, truth) / base["rms"], BF16_RATIO)
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def measure(device: str, quick: bool) -> list[Row]:
@@ -238,8 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     rows = measure(device, args.quick)
-    backends = {op: {str(d).removeprefix("torch."): dispatch.resolve(op, device, d) for d in (torch.float32, torch.bfloat16)}
-                for op in dispatch.OPS}
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    backends = {op: {name: dispatch.resolve(op, device, d) for name, d in dtypes.items()} for op in dispatch.OPS}
     print(table(rows))
     print("backends (fp32, bf16): " + "; ".join(f"{op} {', '.join(b.values())}" for op, b in backends.items()))
     if args.json:

@@ -24,7 +24,7 @@ def attention_ref(
     """Plain torch with the whole score matrix, softmax in fp32 (fp64 for fp64 inputs). Arguments as ``attention``."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens is not None:
-        docs = [slice(a, b) for a, b in _bounds(cu_seqlens)] or [slice(0, 0)]
+        docs = [slice(a, b) for a, b in _bounds(cu_seqlens)]
         parts = [
             attention_ref(q[None, s], k[None, s], v[None, s], causal=causal, scale=scale, return_lse=True) for s in docs
         ]

@@ -57,8 +57,8 @@ def test_released_config_is_the_published_one(name):
 def test_sizes_of_the_report(name):
     c = Qwen3Config.from_name(name)
     width = c.moe_intermediate_size if c.num_experts else c.intermediate_size
-    sizes = (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, width, c.tie_word_embeddings)
-    assert sizes == REPORT[name]
+    sizes = (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, width)
+    assert (*sizes, c.tie_word_embeddings) == REPORT[name]
     assert (c.head_dim, c.vocab_size, c.rms_norm_eps, c.rope_theta, c.rope_scaling) == (128, 151_936, 1e-6, 1e6, None)
     if "-A" in name:
         assert (c.num_experts, c.num_experts_per_tok, c.norm_topk_prob, c.mlp_only_layers) == (128, 8, True, ())
@@ -154,9 +154,9 @@ def test_files_that_are_none(tmp_path):
 
 
 def test_keys_without_effect_are_accepted():
-    plain = {"use_cache": False, "torch_dtype": "float32", "output_attentions": True, "_name_or_path": "x", "id2label": {}}
-    assert Qwen3Config.from_dict(DENSE | plain | {"use_sliding_window": False, "sliding_window": 4096}) == \
-        Qwen3Config.from_dict(DENSE)
+    plain = {"use_cache": False, "torch_dtype": "float32", "output_attentions": True, "id2label": {},
+             "_name_or_path": "x", "use_sliding_window": False, "sliding_window": 4096}  # fmt: skip
+    assert Qwen3Config.from_dict(DENSE | plain) == Qwen3Config.from_dict(DENSE)
     coder = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0, "mlp_only_layers": None}
     assert Qwen3Config.from_dict(MOE | coder) == Qwen3Config.from_dict(MOE)
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -181,7 +181,7 @@ def test_keys_without_effect_are_accepted():
         ({"model_type": "llama"}, "model_type is 'llama'; expected 'qwen3' or 'qwen3_moe'"),
         ({"model_type": None}, "model_type is None"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'; expected 'fp8'"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, r"\[64, 64\]; expected \[128, 128\]"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, r"size is \[64, 64\]"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size is None"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'; expected one of"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta is 1000000; expected the same"),
@@ -240,7 +240,7 @@ def test_bad_values(changes, message):
         ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0; expected a positive int"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0; expected a positive int"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0; expected a positive int"),
-        ({"mlp_only_layers": [3, 48]}, r"mlp_only_layers is \(3, 48\); expected layer indices below num_hidden_layers 48"),
+        ({"mlp_only_layers": [3, 48]}, r"mlp_only_layers is \(3, 48\); expected layer indices below num_hidden_layers"),
     ],
 )
 def test_bad_moe_values(changes, message):

@@ -21,7 +21,8 @@ def moe(seed=0, dtype=torch.float32, numerics="fast", **changes) -> MoE:
 
 def by_hand(block: MoE, x):
     """Token by token, expert by expert, in fp64; equal probabilities to the lower index."""
-    gate_up, down, router = (p.double() for p in (block.experts.gate_up_proj, block.experts.down_proj, block.gate.weight))
+    weights = (block.experts.gate_up_proj, block.experts.down_proj, block.gate.weight)
+    gate_up, down, router = (w.double() for w in weights)
     rows = []
     for token in x.double().reshape(-1, x.shape[-1]):
         probs = (router @ token).softmax(0)
@@ -136,11 +137,16 @@ def test_tokens_do_not_depend_on_their_batch():
 
 
 def test_fast_sums_in_fp32():
-    """1 + 2^-8 + 2^-8: adding one after another in bfloat16 loses both small ones."""
-    y = torch.tensor([[[1.0], [2**-8], [2**-8]]], dtype=torch.bfloat16)
-    weight, expert = torch.ones(1, 3, dtype=torch.bfloat16), torch.tensor([[0, 1, 2]])
-    total = {n: moe(numerics=n, num_experts_per_tok=3).combine(y, weight, expert).item() for n in ("fast", "exact")}
-    assert total == {"fast": 1 + 2**-7, "exact": 1.0}
+    """1 + 2^-8 + 2^-8: adding one after another in bfloat16 loses both small ones. And products are not rounded:
+    (1 + 2^-7)^2 - (1 + 2^-6) is 2^-14, which bfloat16 products lose."""
+
+    def total(y, weight) -> dict[str, float]:
+        y, weight = (torch.tensor([t], dtype=torch.bfloat16) for t in (y, weight))
+        expert = torch.arange(weight.shape[1])[None]
+        return {n: moe(numerics=n).combine(y.unsqueeze(-1), weight, expert).item() for n in ("fast", "exact")}
+
+    assert total([1.0, 2**-8, 2**-8], [1.0, 1.0, 1.0]) == {"fast": 1 + 2**-7, "exact": 1.0}
+    assert total([1 + 2**-7, -1.0], [1 + 2**-7, 1 + 2**-6]) == {"fast": 2**-14, "exact": 0.0}
 
 
 def test_exact_adds_in_the_order_of_the_experts():

@@ -215,7 +215,7 @@ CORPUS = [f"The {word}s weren't 1234 {word} in 2024.\n\n\tdef {word}(x): return 
 
 
 def test_train_bpe(tmp_path):
-    trained = train_bpe(iter(CORPUS), 400, tmp_path / "a.json")
+    trained = train_bpe(iter(CORPUS), 350, tmp_path / "a.json")
     assert trained.vocab_size == 350
     assert [trained.token_id(name) for name in ADDED_IDS] == list(range(324, 350))
     for text in [*CORPUS, "never seen: 🤷 \r\n", "<|im_start|>user\nhi<|im_end|>\n"]:
