@@ -89,9 +89,15 @@ class Report:
 
     def run(self, suite: str) -> None:
         """Every case of a suite. One that fails outside of any implementation is a row of ours with the reason."""
-        where = "set-up"
+        where, module = "set-up", suites.module(suite)
         try:
-            for case in suites.cases(suite, self.device, self.args.quick):
+            if hasattr(module, "rows"):
+                with self.progress() as say:
+                    for row in module.rows(self.device, self.args.quick, self.peer_names, self.ceilings, say):
+                        self.rows.append(row)
+                        self.store()
+                return
+            for case in module.cases(self.device, self.args.quick):
                 where = case.name
                 self.run_case(suite, case)
         except Exception as e:
@@ -172,7 +178,8 @@ COLUMNS = ("case", "mode", "impl", "ms", "p20-p80", "rate", "% ceiling", "peak M
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text, by `COLUMNS`."""
     rate = number(row.tbps * 1e3, " GB/s") if row.tbps is not None else number(row.tflops, " TFLOP/s")
-    note = row.error or (f"{number(row.tokens_per_s)} tokens/s" if row.tokens_per_s else "") or (row.backend or "")
+    speed = f"{number(row.tokens_per_s)} tokens/s" if row.tokens_per_s else ""
+    note = row.error or (f"{speed}, MFU {row.mfu_pct:.1f} %" if row.mfu_pct else speed) or (row.backend or "")
     spread = f"{number(row.ms_p20)}-{number(row.ms_p80)}" if row.ms_p20 is not None else ""
     return (row.case, row.mode, row.impl, number(row.ms), spread, rate, number(row.pct_of_ceiling), number(row.peak_mb),
             note)

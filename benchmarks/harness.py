@@ -120,10 +120,11 @@ class Row:
     rel_error: float | None = None
     backend: str | None = None
     tokens_per_s: float | None = None
+    mfu_pct: float | None = None  # of the datasheet's peak, see train_step.py
     error: str | None = None
 
     def to_dict(self) -> dict:
-        optional = ("backend", "tokens_per_s", "error")
+        optional = ("backend", "tokens_per_s", "mfu_pct", "error")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
 

@@ -1,17 +1,17 @@
-"""The suites. A suite is a module with ``cases(device, quick)`` that yields `Case`s."""
+"""The suites. A suite is a module with ``cases(device, quick)`` that yields `Case`s to be timed by the harness, or one with
+``rows(device, quick, peers, ceilings, say)`` that measures by itself and yields `Row`s."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
-
-from ..harness import Case
+from types import ModuleType
 
 SUITES = {
     "pointwise": "rms_norm with and without residual, swiglu, cross_entropy",
     "qk_norm_rope": "per-head RMSNorm of q and k, then RoPE",
     "loss": "the head and cross-entropy in one, at Qwen3's vocabulary",
     "attention": "causal grouped-query attention, batched and packed",
+    "train_step": "a whole training step with optimizer, a process per implementation (CUDA)",
     "generate": "a whole model: prefill, and greedy generation with a KV cache",
 }
 
@@ -25,6 +25,6 @@ def check(names: list[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def cases(name: str, device: str, quick: bool) -> Iterable[Case]:
-    """The suite's cases, sized for the device."""
-    return importlib.import_module(f"{__name__}.{name}").cases(device, quick)
+def module(name: str) -> ModuleType:
+    """The suite's module."""
+    return importlib.import_module(f"{__name__}.{name}")

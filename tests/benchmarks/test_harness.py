@@ -98,7 +98,7 @@ class TestNumbers:
         assert cli.number(value) == text
 
     def test_bytes_and_flops_models(self):
-        by_name = {c.name: c for s in ("pointwise", "qk_norm_rope", "attention") for c in suites.cases(s, "cpu", False)}
+        by_name = {c.name: c for s in ("pointwise", "qk_norm_rope", "attention") for c in suites.module(s).cases("cpu", False)}
         b = 2048 * 1024 * 2
         assert by_name["rms_norm 2048x1024 bf16"].bytes == {"fwd": 2 * b, "bwd": 3 * b, "fwdbwd": 5 * b}
         assert by_name["rms_norm+residual 2048x1024 bf16"].bytes["fwdbwd"] == 8 * b
@@ -253,7 +253,7 @@ def test_every_suite_runs_on_the_cpu(suite, tmp_path, capsys):
 
 
 def test_torch_compile_is_a_peer_on_the_cpu():
-    case = next(iter(suites.cases("pointwise", "cpu", True)))
+    case = next(iter(suites.module("pointwise").cases("cpu", True)))
     rows = run_case("pointwise", case, peers.impls(case, ["compile"], "cpu"), SETTINGS, CEILINGS, quick=True)
     assert [(r.impl, r.error, r.ms is not None) for r in rows] == [("compile", None, True)] * 3
 
