@@ -67,13 +67,14 @@ def _forward_kernel(
         total = total * exp(peak - shift, PRECISE) + tl.sum(exp(v - shift[None, :], PRECISE), 0)
         peak = higher
     shift = _finite_or_zero(tl.max(peak, 0))
-    mass = tl.log(tl.sum(total * exp(peak - shift, PRECISE), 0))
-    true = tl.load(logits + target, mask=target >= 0, other=float("-inf")).to(tl.float32)
-    gap = (shift - true) + mass  # in this order: mass is rounded into the sum once, not twice
-    tail = _log1p(exp(-tl.abs(gap), PRECISE))
+    # A few numbers a row in fp64: every probability of the row's gradient carries the rounding of lse.
+    mass = tl.log(tl.sum(total * exp(peak - shift, PRECISE), 0).to(tl.float64))
+    true = tl.load(logits + target, mask=target >= 0, other=float("-inf")).to(tl.float64)
+    gap = (shift.to(tl.float64) - true) + mass  # in this order: equal logits, however large, leave mass alone
+    tail = _log1p(tl.exp(-tl.abs(gap)).to(tl.float32)).to(tl.float64)
     loss = tl.where(target >= 0, tl.maximum(gap, 0.0) + tail, float("nan"))
-    tl.store(nll + row, tl.where(target == IGNORED, 0.0, loss))
-    tl.store(lse + row, tl.maximum(shift + mass, true) + tail)
+    tl.store(nll + row, tl.where(target == IGNORED, 0.0, loss).to(tl.float32))
+    tl.store(lse + row, (tl.maximum(shift.to(tl.float64) + mass, true) + tail).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -108,9 +109,13 @@ def _backward_kernel(
             others += tl.sum(tl.where(cols == target, 0.0, p), 0)
         rest = tl.sum(others, 0)
         tl.debug_barrier()  # another thread of this program wrote a first value of the true class
-        true = exp(tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32) - shift, PRECISE)
-        d = dl * true - dn * (rest / (rest + true))
-        tl.store(dlogits + target, cast(d, dlogits.dtype.element_ty), mask=target >= 0)
+        true = exp(tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32) - shift, PRECISE).to(tl.float64)
+        # In fp64 up to the last rounding: this entry is the largest of the row's gradient.
+        rest_share = rest.to(tl.float64) / (rest.to(tl.float64) + true)
+        d = -dn.to(tl.float64) * rest_share
+        if dlse is not None:
+            d += dl.to(tl.float64) * true
+        tl.store(dlogits + target, cast(d.to(tl.float32), dlogits.dtype.element_ty), mask=target >= 0)
 
 
 # 8 warps x 8 values are one 16-byte load of bf16 a lane; 4 of them in flight a round cost 1.25 exponentials a value.

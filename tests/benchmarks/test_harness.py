@@ -226,7 +226,7 @@ class TestCommandLine:
             assert len(harness.commit().removesuffix("-dirty")) == 40
 
 
-@pytest.mark.parametrize("suite", suites.SUITES)
+@pytest.mark.parametrize("suite", [s for s in suites.SUITES if s != "train_step"])  # that one is for CUDA
 def test_every_suite_runs_on_the_cpu(suite, tmp_path, capsys):
     """The whole command on tiny shapes: nothing wrong in ours or torch's, and the JSON as documented."""
     file, threads = tmp_path / "out" / "rows.json", torch.get_num_threads()
@@ -269,10 +269,10 @@ def test_plot(tmp_path):
 
 
 def test_a_failing_suite_is_a_row_and_a_status(monkeypatch, capsys):
-    def cases(name, device, quick):
+    def cases(device, quick):
         raise RuntimeError("no room")
         yield
 
-    monkeypatch.setattr(suites, "cases", cases)
+    monkeypatch.setattr(suites.module("pointwise"), "cases", cases)
     assert cli.main(["pointwise", "--device", "cpu", "--quick", "--peers", "none"]) == 1
     assert "RuntimeError: no room" in capsys.readouterr().out
