@@ -292,7 +292,8 @@ def _(hidden_NH, head_VH, labels_N, weight_N, want_hidden, want_head, ignore_ind
 
 
 def _reduced_context(ctx, inputs, output):
-    ctx.save_for_backward(*output[4:])
+    """For ops of (hidden, head, ...) that return (loss, ..., dhidden, dhead)."""
+    ctx.save_for_backward(*output[-2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros like dhead are made for its unused gradient
     ctx.inputs, ctx.spent = len(inputs), False
