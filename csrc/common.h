@@ -13,4 +13,11 @@ struct Rows {
   int64_t stride;
 };
 
+// Element (b, t, h, d) is data[b * batch + t * token + h * head + d].
+struct Heads {
+  void* data;
+  DType dtype;
+  int64_t batch, token, head;
+};
+
 }  // namespace qwen3

@@ -129,6 +129,8 @@ def unavailable(op: str, name: str, device: str, dtype: torch.dtype) -> str | No
         return f"not built ({e})"
     if dtype not in getattr(module, "DTYPES", DTYPES[name]):
         return f"no {str(dtype).removeprefix('torch.')}"
+    if getattr(module, "FORWARD_ONLY", False):
+        return "forward only so far"
     needed = getattr(module, "CAPABILITY", None)
     if needed and torch.cuda.get_device_capability() != needed:
         return f"needs a GPU of capability {'.'.join(map(str, needed))}"

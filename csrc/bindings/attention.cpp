@@ -6,12 +6,6 @@ using namespace qwen3;
 
 namespace {
 
-using HeadsArg = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // address, DType, strides of batch, token, head
-Heads heads(const HeadsArg& t) {
-  const auto& [address, dtype, batch, token, head] = t;
-  return {reinterpret_cast<void*>(address), DType(dtype), batch, token, head};
-}
-
 using ShapeArg = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, bool, float>;
 AttentionShape shape(const ShapeArg& s) {
   const auto& [sequences, q_len, k_len, q_heads, k_heads, width, cu_seqlens, q_start, causal, scale] = s;

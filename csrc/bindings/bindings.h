@@ -20,6 +20,11 @@ inline Rows rows(const TensorArg& t) {
   if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype code " + std::to_string(dtype) + "; expected 0, 1 or 2");
   return {reinterpret_cast<void*>(address), DType(dtype), stride};
 }
+using HeadsArg = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // address, DType, strides of batch, token, head
+inline Heads heads(const HeadsArg& t) {
+  const auto& [address, dtype, batch, token, head] = t;
+  return {reinterpret_cast<void*>(address), DType(dtype), batch, token, head};
+}
 template <class T = float> inline T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 }  // namespace qwen3

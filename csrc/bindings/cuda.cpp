@@ -1,4 +1,5 @@
 #include "bindings/bindings.h"
+#include "cuda/attention.h"
 #include "cuda/kernels.h"
 #include "cuda/linear_cross_entropy.h"
 
@@ -15,6 +16,11 @@ PYBIND11_MODULE(_cuda, m) {
                                 uintptr_t rstd, TensorArg dx, TensorArg dweight, uintptr_t partial, uintptr_t stream) {
     cuda::rms_norm_backward({n, h, rows(dy), rows(dsum), rows(sum), rows(weight), pointer(rstd), rows(dx), rows(dweight),
                              pointer(partial)}, stream);
+  });
+  m.def("attention", [](int64_t sequences, int64_t length, int64_t q_heads, int64_t k_heads, uintptr_t cu_seqlens, bool causal,
+                        float scale, HeadsArg q, HeadsArg k, HeadsArg v, uintptr_t out, uintptr_t lse, uintptr_t stream) {
+    cuda::attention({sequences, length, q_heads, k_heads, pointer<int32_t>(cu_seqlens), causal, scale, heads(q), heads(k),
+                     heads(v), pointer<void>(out), pointer(lse)}, stream);
   });
   m.def("linear_cross_entropy_scratch", &cuda::linear_cross_entropy_scratch, "Floats of scratch that a chunk needs.");
   m.def("linear_cross_entropy", [](int64_t n, int64_t h, int64_t v, TensorArg hidden, TensorArg head, uintptr_t labels,

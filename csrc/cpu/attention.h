@@ -3,13 +3,6 @@
 
 namespace qwen3 {
 
-// Element (b, t, h, d) is data[b * batch + t * token + h * head + d].
-struct Heads {
-  void* data;
-  DType dtype;
-  int64_t batch, token, head;
-};
-
 // What forward and backward share. Query i of sequence b sits at position q_start[b] + i and, when causal, sees the keys
 // up to it. With cu_seqlens the sequences lie one after another in batch 0: sequence b has the tokens
 // cu_seqlens[b] .. cu_seqlens[b + 1] - 1, of queries and keys alike.

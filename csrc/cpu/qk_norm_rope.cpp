@@ -10,7 +10,7 @@ namespace QWEN3_ISA {
 namespace {
 
 template <class T> T* head(const Heads& x, int64_t token, int64_t h) {
-  return row<T>(x.tokens, token) + h * x.head_stride;
+  return static_cast<T*>(x.data) + token * x.token + h * x.head;
 }
 
 // The weight, read once per head of every token, is widened once.
@@ -102,11 +102,11 @@ template <class T> void backward(const NormRopeBackward& a) {
 }  // namespace
 
 void norm_rope(const NormRope& a) {
-  with_type(a.x.tokens.dtype, [&](auto t) { forward<decltype(t)>(a); });
+  with_type(a.x.dtype, [&](auto t) { forward<decltype(t)>(a); });
 }
 
 void norm_rope_backward(const NormRopeBackward& a) {
-  with_type(a.x.tokens.dtype, [&](auto t) { backward<decltype(t)>(a); });
+  with_type(a.x.dtype, [&](auto t) { backward<decltype(t)>(a); });
 }
 
 }  // namespace QWEN3_ISA

@@ -3,11 +3,6 @@
 
 namespace qwen3 {
 
-struct Heads {  // head h of token i begins at row(i) + h * head_stride
-  Rows tokens;
-  int64_t head_stride;
-};
-
 // One of q and k; each is a call of its own.
 struct NormRope {
   int64_t n, heads, d, r;  // tokens, heads, head width, rows of cos and sin; token i uses row i % r

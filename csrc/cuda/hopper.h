@@ -22,6 +22,9 @@ __device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.
 __device__ inline void barrier_expect_bytes(uint64_t* bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
 }
+__device__ inline void barrier_arrive(uint64_t* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
 __device__ inline void barrier_arrive_in_cluster(uint64_t* bar, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -32,6 +35,10 @@ __device__ inline void barrier_wait(uint64_t* bar, uint32_t parity) {
       "{\n.reg .pred done;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra.uni over;\nbra.uni retry;\nover:\n}" ::"r"(shared_address(bar)), "r"(parity) : "memory");
 }
+
+// --- named barriers of a CTA: `threads` in all arrive, those that sync also wait
+__device__ inline void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ inline void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // --- clusters
 __device__ inline uint32_t cluster_rank() {
@@ -49,6 +56,11 @@ __device__ inline void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
           shared_address(dst)), "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y) : "memory");
 }
+__device__ inline void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int x, int y, int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+          shared_address(dst)), "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
 __device__ inline void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar, int x, int y, uint16_t ranks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
@@ -63,6 +75,11 @@ __device__ inline void tma_prefetch_map(const CUtensorMap* map) {
 // Shared-memory matrix descriptor of a K-major tile whose rows are 128 bytes, in the 128-byte swizzle that TMA writes.
 __device__ inline uint64_t matrix_descriptor(const void* tile) {
   return uint64_t((shared_address(tile) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+// The same memory read the other way round: rows are the K dimension, a row's 64 elements the M or N dimension, of which the
+// next 64 lie `next` bytes further on.
+__device__ inline uint64_t matrix_descriptor_transposed(const void* tile, int next) {
+  return uint64_t((shared_address(tile) & 0x3ffff) >> 4) | uint64_t(next >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -92,12 +109,53 @@ __device__ inline void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b,
       : "l"(a), "l"(b), "r"(int(accumulate)));
 }
 
+#define QWEN3_ACC64_NAMES \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
+  "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// d[64 x 128] (+)= a[64 x 16] b[128 x 16]^T; d as above.
+__device__ inline void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" QWEN3_ACC64_NAMES "}, %64, %65, p, 1, 1, 0, 0;\n}"
+      : QWEN3_ACC32(d, 0), QWEN3_ACC32(d, 32)
+      : "l"(a), "l"(b), "r"(int(accumulate)));
+}
+// d[64 x 128] (+)= a[64 x 16] b[16 x 128], a in registers: rows t % 32 / 4 (+ 8) of 16 a warp, columns 2 * (t % 4) (+ 1) and
+// those + 8, in the order of the accumulators; b's descriptor is a transposed one.
+__device__ inline void wgmma_m64n128k16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" QWEN3_ACC64_NAMES "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
+      : QWEN3_ACC32(d, 0), QWEN3_ACC32(d, 32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+}
+
+// Transposes a 4 x 4 of registers among the four threads of a quad: thread q ends with the q-th register of all, so that
+// what was two columns a thread becomes eight in a row.
+__device__ inline void quad_transpose(uint32_t (&r)[4], int q) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(~0u, q & 2 ? r[i] : r[i + 2], 2);
+    (q & 2 ? r[i] : r[i + 2]) = got;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(~0u, q & 1 ? r[i] : r[i + 1], 1);
+    (q & 1 ? r[i] : r[i + 1]) = got;
+  }
+}
+
 // --- registers: a warpgroup gives some up, others take them
 template <int N> __device__ inline void registers_release() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> __device__ inline void registers_take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 
-// --- host side: the map of a row-major bf16 matrix, read in boxes of box_rows x 64 columns with the 128-byte swizzle
-inline CUtensorMap tensor_map(const void* data, int64_t rows, int64_t columns, int64_t row_stride, int box_rows) {
+// --- host side: maps of row-major bf16 tensors, read in boxes 64 elements wide with the 128-byte swizzle
+
+// Sizes and strides (in elements, of all dimensions but the first) from the contiguous dimension outwards.
+template <int DIMS>
+CUtensorMap tensor_map(const void* data, const int64_t (&size)[DIMS], const int64_t (&stride)[DIMS - 1], const int (&box)[DIMS]) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* f = nullptr;
@@ -108,15 +166,23 @@ inline CUtensorMap tensor_map(const void* data, int64_t rows, int64_t columns, i
     return reinterpret_cast<Encode>(f);
   }();
   CUtensorMap map;
-  const cuuint64_t size[] = {cuuint64_t(columns), cuuint64_t(rows)}, stride[] = {cuuint64_t(row_stride) * 2};
-  const cuuint32_t box[] = {64, cuuint32_t(box_rows)}, step[] = {1, 1};
-  const CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), size, stride, box, step,
+  cuuint64_t sizes[DIMS], strides[DIMS - 1];
+  cuuint32_t boxes[DIMS], steps[DIMS];
+  std::string text;
+  for (int i = 0; i < DIMS; ++i) {
+    sizes[i] = cuuint64_t(size[i]), boxes[i] = cuuint32_t(box[i]), steps[i] = 1;
+    if (i > 0) strides[i - 1] = cuuint64_t(stride[i - 1]) * 2;
+    text += (i ? " x " : "") + std::to_string(size[i]);
+  }
+  const CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, DIMS, const_cast<void*>(data), sizes, strides, boxes, steps,
                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (r != CUDA_SUCCESS)
-    throw std::invalid_argument("a matrix of " + std::to_string(rows) + " x " + std::to_string(columns) + ", row stride " +
-                                std::to_string(row_stride) + ", cannot be read by TMA: rows must start on 16-byte boundaries");
+    throw std::invalid_argument("a tensor of " + text + " cannot be read by TMA: rows must start on 16-byte boundaries");
   return map;
+}
+inline CUtensorMap tensor_map(const void* data, int64_t rows, int64_t columns, int64_t row_stride, int box_rows) {
+  return tensor_map<2>(data, {columns, rows}, {row_stride}, {64, box_rows});
 }
 
 }  // namespace qwen3::cuda

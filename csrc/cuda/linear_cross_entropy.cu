@@ -94,20 +94,6 @@ __global__ void label_logits(LinearCrossEntropy a, Scratch s) {
 
 enum class Mode { exponentials, exponentials_and_entropy, maxima };
 
-// Transposes a 4 x 4 of registers among the four threads of a quad: thread q ends with the q-th register of all.
-__device__ inline void quad_transpose(uint32_t (&r)[4], int q) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(~0u, q & 2 ? r[i] : r[i + 2], 2);
-    (q & 2 ? r[i] : r[i + 2]) = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, q & 1 ? r[i] : r[i + 1], 1);
-    (q & 1 ? r[i] : r[i + 1]) = got;
-  }
-}
-
 // The GEMM. Each CTA of a cluster has its own 128 rows of hidden; both share a 256-row tile of the head, of which each
 // loads one half for the two. Warpgroup 0 feeds the ring of stages, the other two multiply 64 rows each and run the
 // epilogue; with four stages between them they drift apart, so one multiplies while the other exponentiates.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _cpu as core
 
-__all__ = ["core", "rows", "row_major", "ABSENT"]
+__all__ = ["core", "heads", "rows", "row_major", "ABSENT"]
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ABSENT = (0, 0, 0)
@@ -18,6 +18,11 @@ def rows(t: Tensor | None) -> tuple[int, int, int]:
     if t is None:
         return ABSENT
     return t.data_ptr(), DTYPE_CODES[t.dtype], t.stride(0) if t.dim() > 1 else t.shape[0]
+
+
+def heads(t: Tensor) -> tuple[int, int, int, int, int]:
+    """(address, dtype code, strides of batch, token and head)"""
+    return t.data_ptr(), DTYPE_CODES[t.dtype], 0 if t.dim() == 3 else t.stride(0), t.stride(-3), t.stride(-2)
 
 
 def row_major(t: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops._check import require
-from ._core import DTYPE_CODES, core, row_major
+from ._core import core, heads, row_major
 
 
 def forward(
@@ -15,7 +15,7 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32)
     core.attention(
-        _shape(q, k, cu_seqlens, q_start, causal, scale), *map(_heads, (q, k, v, out)), lse.data_ptr()
+        _shape(q, k, cu_seqlens, q_start, causal, scale), *map(heads, (q, k, v, out)), lse.data_ptr()
     )
     return out, lse
 
@@ -28,7 +28,7 @@ def backward(
     cu_seqlens, q_start = (None if t is None else t.contiguous() for t in (cu_seqlens, q_start))
     grads = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
     core.attention_backward(
-        _shape(q, k, cu_seqlens, q_start, causal, scale), *map(_heads, (dout, q, k, v, *grads))
+        _shape(q, k, cu_seqlens, q_start, causal, scale), *map(heads, (dout, q, k, v, *grads))
     )
     return grads
 
@@ -43,8 +43,3 @@ def _shape(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, q_start: Tensor | No
         sequences = len(ends) - 1
     addresses = (0 if t is None else t.data_ptr() for t in (cu_seqlens, q_start))
     return (sequences, q.shape[-3], k.shape[-3], q.shape[-2], k.shape[-2], q.shape[-1], *addresses, causal, scale)
-
-
-def _heads(t: Tensor) -> tuple[int, int, int, int, int]:
-    """(address, dtype code, strides of batch, token and head)"""
-    return t.data_ptr(), DTYPE_CODES[t.dtype], 0 if t.dim() == 3 else t.stride(0), t.stride(-3), t.stride(-2)

@@ -3,12 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._core import core, row_major, rows
-
-
-def _heads(t: Tensor) -> tuple[tuple[int, int, int], int]:
-    """(rows of tokens, elements between heads) of a tensor [N, H, D]."""
-    return rows(t), t.stride(1)
+from ._core import core, heads, row_major, rows
 
 
 def forward(
@@ -22,7 +17,7 @@ def _forward(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) ->
     x, weight = row_major(x), weight.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     core.norm_rope(
-        *x.shape, cos.shape[0], eps, _heads(x), rows(weight), cos.data_ptr(), sin.data_ptr(), _heads(out)
+        *x.shape, cos.shape[0], eps, heads(x), rows(weight), cos.data_ptr(), sin.data_ptr(), heads(out)
     )
     return out
 
@@ -44,7 +39,7 @@ def _backward(
     dx = torch.empty(x.shape, dtype=x.dtype)
     dweight = torch.empty(weight.shape, dtype=torch.float32)
     core.norm_rope_backward(
-        *x.shape, cos.shape[0], eps, _heads(dout), _heads(x), rows(weight), cos.data_ptr(), sin.data_ptr(), _heads(dx),
+        *x.shape, cos.shape[0], eps, heads(dout), heads(x), rows(weight), cos.data_ptr(), sin.data_ptr(), heads(dx),
         dweight.data_ptr(),
     )
     return dx, dweight.to(weight.dtype)
