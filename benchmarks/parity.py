@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     rows = measure(device, args.quick)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    backends = {op: {name: dispatch.resolve(op, device, d) for name, d in dtypes.items()} for op in dispatch.OPS}
+    backends = {op: {name: dispatch.resolve(op, device, d) for name, d in dtypes.items()}
+                for op in dispatch.PREFERENCE[torch.device(device).type]}
     print(table(rows))
     print("backends (fp32, bf16): " + "; ".join(f"{op} {', '.join(b.values())}" for op, b in backends.items()))
     if args.json:

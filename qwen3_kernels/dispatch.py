@@ -19,14 +19,17 @@ from types import ModuleType
 
 import torch
 
-OPS = ("rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention")
+OPS = (
+    "rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention",
+    "attention_inference",  # attention on CUDA when no gradient will be asked for
+)
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
 # Order of preference. On CUDA, Triton leads: it needs no build and runs everywhere. `attention` uses torch's SDPA there.
 PREFERENCE = {
-    "cpu": {op: ("cpu", "torch") for op in OPS},
+    "cpu": {op: ("cpu", "torch") for op in OPS if op != "attention_inference"},
     "cuda": {op: ("triton", "torch") for op in OPS} | {
-        "attention": ("torch",), "rms_norm": ("triton", "cuda", "torch"),
+        "attention": ("torch",), "attention_inference": ("cuda", "torch"), "rms_norm": ("triton", "cuda", "torch"),
         "linear_cross_entropy": ("cuda", "triton", "torch"),  # the compiled one needs Hopper's wgmma
     },
 }
@@ -129,8 +132,6 @@ def unavailable(op: str, name: str, device: str, dtype: torch.dtype) -> str | No
         return f"not built ({e})"
     if dtype not in getattr(module, "DTYPES", DTYPES[name]):
         return f"no {str(dtype).removeprefix('torch.')}"
-    if getattr(module, "FORWARD_ONLY", False):
-        return "forward only so far"
     needed = getattr(module, "CAPABILITY", None)
     if needed and torch.cuda.get_device_capability() != needed:
         return f"needs a GPU of capability {'.'.join(map(str, needed))}"

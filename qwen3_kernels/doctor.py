@@ -19,7 +19,7 @@ def choices() -> list[dispatch.Choice]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a failed self-check is a row of the table
-        return [dispatch.explain(op, device, dtype) for device in devices for op in dispatch.OPS for dtype in DTYPES]
+        return [dispatch.explain(op, device, dtype) for device in devices for op in dispatch.PREFERENCE[device] for dtype in DTYPES]
 
 
 def environment() -> dict[str, str]:

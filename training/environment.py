@@ -17,7 +17,8 @@ from qwen3_kernels import dispatch
 def kernels(device: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """{op: {"backend", "why", "error"}}: what runs each op in this process; ``error`` is the self-check's, in units of
     plain torch's error."""
-    choices = (dispatch.explain(op, torch.device(device).type, dtype) for op in dispatch.OPS)
+    kind = torch.device(device).type
+    choices = (dispatch.explain(op, kind, dtype) for op in dispatch.PREFERENCE[kind])
     return {c.op: {"backend": c.backend, "why": c.why, "error": c.error} for c in choices}
 
 

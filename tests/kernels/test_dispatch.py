@@ -22,7 +22,7 @@ def chosen(op, device="cpu", dtype=torch.float32):
     return dispatch.explain(op, device, dtype)
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", dispatch.PREFERENCE["cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cpu_runs_the_compiled_kernels(op, dtype):
     choice = chosen(op, dtype=dtype)
@@ -118,7 +118,7 @@ def test_doctor_command():
     done = subprocess.run([sys.executable, "-m", "qwen3_kernels", "doctor"], text=True, capture_output=True,
                           env=os.environ | {"COLUMNS": "160"})
     assert done.returncode == 0, done.stderr
-    for word in (*dispatch.OPS, "bfloat16", "first choice", "torch"):
+    for word in (*dispatch.PREFERENCE["cpu"], "bfloat16", "first choice", "torch"):
         assert word in done.stdout
     assert subprocess.run([sys.executable, "-m", "qwen3_kernels", "cure"], capture_output=True).returncode == 2
 

@@ -1,3 +1,5 @@
+"""The forward of attention on Hopper (csrc/cuda/attention.cu). It has no backward yet, so it runs where none is needed."""
+
 from __future__ import annotations
 
 import torch
@@ -8,17 +10,18 @@ from ..cpu._core import heads
 
 DTYPES = (torch.bfloat16,)
 CAPABILITY = (9, 0)  # wgmma
-FORWARD_ONLY = True  # so dispatch does not choose it
 WIDTH = 128
+
+
+def fits(q: Tensor, k: Tensor, q_start: Tensor | None, scale: float) -> bool:
+    """Whole sequences, as many keys as queries, D = 128, scale above 0."""
+    return q.shape[-1] == WIDTH and q.shape[:-2] == k.shape[:-2] and q_start is None and scale > 0
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, q_start: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As the op, for whole sequences: bfloat16, D = 128, as many keys as queries, no ``q_start``, scale above 0."""
-    if q.shape[-1] != WIDTH or q.shape[:-2] != k.shape[:-2] or q_start is not None or not scale > 0:
-        raise ValueError(f"attention on Hopper: q is {tuple(q.shape)}, k {tuple(k.shape)}, scale {scale}; expected D = {WIDTH}, "
-                         "as many keys as queries, no q_start and a scale above 0")
+    """As the op ``qwen3::attention``, for what `fits`."""
     q, k, v = map(_aligned, (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
