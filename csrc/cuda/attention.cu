@@ -1,11 +1,13 @@
 // Causal or full attention forward for Hopper: TMA loads, wgmma products, a warpgroup that loads and two that multiply.
 //
-// A CTA owns 128 queries of one head; each multiplying warpgroup has 64 of them. It walks over blocks of 128 keys from the
+// A tile is 128 queries of one head; each multiplying warpgroup has 64 of them. It walks over blocks of 128 keys from the
 // last visible one down, so that only the first block it meets needs a mask. While the products P V of one block run, the
 // scores of the next are already there and their softmax is computed; and the two warpgroups take turns at the tensor cores,
-// so that one's softmax also hides behind the other's products.
+// so that one's softmax also hides behind the other's products. CTAs stay and take one tile after another: the next tile's
+// queries and keys arrive while this one's results are written.
 #include "cuda/attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/hopper.h"
@@ -17,7 +19,8 @@ constexpr int kWidth = 128, kQueries = 128, kKeys = 128, kStages = 2;
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
 constexpr int kSlab = 128 * 64 * 2;        // bytes of 128 rows x 64 elements, the unit that TMA swizzles
 constexpr int kTile = kWidth / 64 * kSlab;  // 128 rows of a head
-constexpr int kShared = (1 + 2 * kStages) * kTile + 1024 + (1 + 4 * kStages) * 8;
+constexpr int kShared = (1 + 2 * kStages) * kTile + 1024 + (2 + 4 * kStages) * 8;
+constexpr int64_t kCacheBytes = 32 << 20;  // keys and values that stay in L2 (50 MB)
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct Work {
@@ -25,33 +28,45 @@ struct Work {
   int64_t row;                                  // of the sequence's first token in out and lse
 };
 
-// Tiles in the order of their work, longest first; heads run fastest, so that those that share keys run together.
-__device__ bool find_work(const Attention& a, int tile, Work& w) {
-  w.head = tile % a.q_heads;
-  tile /= int(a.q_heads);
-  if (a.cu_seqlens == nullptr) {
-    const int blocks = int((a.length + kQueries - 1) / kQueries);
-    w.batch = tile % int(a.sequences);
-    w.block = blocks - 1 - tile / int(a.sequences);
-    w.first_token = 0;
-    w.length = int(a.length);
-    w.row = int64_t(w.batch) * a.length;
-    return true;
-  }
-  w.batch = 0;
-  for (int i = 0; i < int(a.sequences); ++i) {
-    const int begin = a.cu_seqlens[i], length = a.cu_seqlens[i + 1] - begin, blocks = (length + kQueries - 1) / kQueries;
-    if (tile < blocks) {
-      w.block = blocks - 1 - tile;
-      w.first_token = begin;
-      w.length = length;
-      w.row = begin;
+// Deals the tiles to the CTAs in rounds, every second one backwards, so that all get about the same work. Sequences of one
+// length go through in sections of heads whose keys and values fit in L2, the longest tiles of a section first; of packed
+// documents, one after another.
+class Dealer {
+ public:
+  __device__ Dealer(const Attention& a, int tiles, int section) : a_(a), tiles_(tiles), section_(section) {}
+
+  __device__ bool next(Work& w) {
+    int tile = round_ * gridDim.x + (round_ % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    ++round_;
+    if (tile >= tiles_) return false;
+    const int q_heads = int(a_.q_heads);
+    if (a_.cu_seqlens == nullptr) {
+      const int blocks = blocks_of(int(a_.length)), first = tile / (section_ * blocks) * section_;
+      const int heads = min(section_, int(a_.sequences) * q_heads - first);
+      tile -= first * blocks;
+      const int row = first + tile % heads;
+      w = {row / q_heads, 0, int(a_.length), blocks - 1 - tile / heads, row % q_heads, row / q_heads * a_.length};
       return true;
     }
-    tile -= blocks;
+    w.head = tile % q_heads;
+    tile /= q_heads;
+    for (; document_ < int(a_.sequences); ++document_) {
+      const int begin = a_.cu_seqlens[document_], length = a_.cu_seqlens[document_ + 1] - begin, blocks = blocks_of(length);
+      if (tile < before_ + blocks) {
+        w = {0, begin, length, blocks - 1 - (tile - before_), w.head, begin};
+        return true;
+      }
+      before_ += blocks;
+    }
+    return false;  // the number of tiles is an upper bound
   }
-  return false;  // the grid is an upper bound
-}
+
+ private:
+  static __device__ int blocks_of(int length) { return (length + kQueries - 1) / kQueries; }
+  const Attention& a_;
+  const int tiles_, section_;
+  int round_ = 0, document_ = 0, before_ = 0;  // before_: blocks of the documents before document_
+};
 
 __device__ inline float exp2_fast(float x) {
   float y;
@@ -100,23 +115,17 @@ __device__ inline void pack(const float (&p)[64], uint32_t (&packed)[8][4]) {
 template <bool CAUSAL>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                   const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Attention a) {
+                   const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Attention a, int tiles, int section) {
   extern __shared__ uint8_t raw[];
   uint8_t* const q_tile = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
   uint8_t *const k_tiles = q_tile + kTile, *const v_tiles = k_tiles + kStages * kTile;
   uint64_t* const q_full = reinterpret_cast<uint64_t*>(v_tiles + kStages * kTile);
-  uint64_t *const k_full = q_full + 1, *const k_empty = k_full + kStages;
+  uint64_t *const q_empty = q_full + 1, *const k_full = q_empty + 1, *const k_empty = k_full + kStages;
   uint64_t *const v_full = k_empty + kStages, *const v_empty = v_full + kStages;
-
-  Work w;
-  if (!find_work(a, blockIdx.x, w)) return;
-  const int visible = CAUSAL ? min(w.length, (w.block + 1) * kQueries) : w.length;
-  const int blocks = (visible + kKeys - 1) / kKeys;
-  const int k_head = w.head / int(a.q_heads / a.k_heads);
 
   if (threadIdx.x == 0) {
     tma_prefetch_map(&q_map), tma_prefetch_map(&k_map), tma_prefetch_map(&v_map);
-    barrier_init(q_full, 1);
+    barrier_init(q_full, 1), barrier_init(q_empty, kConsumers);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(k_full + i, 1), barrier_init(v_full + i, 1);
       barrier_init(k_empty + i, kConsumers), barrier_init(v_empty + i, kConsumers);
@@ -125,25 +134,37 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
 
+  Dealer dealer(a, tiles, section);
+  Work w{};
+  int done = 0;  // blocks of keys before this tile's: block i of the tile is in stage (done + i) % kStages
+  const auto stage = [&](int i) { return (done + i) % kStages; };
+  const auto phase = [&](int i) { return uint32_t(done + i) / kStages % 2; };
+  const auto blocks_of = [&] {
+    return ((CAUSAL ? min(w.length, (w.block + 1) * kQueries) : w.length) + kKeys - 1) / kKeys;
+  };
+
   if (threadIdx.x < 128) {
     registers_release<24>();
     if (threadIdx.x == 0) {
-      const auto load = [&](uint8_t* tile, const CUtensorMap* map, uint64_t* full, int head, int token) {
-        barrier_expect_bytes(full, kTile);
-        for (int i = 0; i < kWidth / 64; ++i) tma_load(tile + i * kSlab, map, full, i * 64, head, token, w.batch);
-      };
-      load(q_tile, &q_map, q_full, w.head, w.first_token + w.block * kQueries);
-      for (int i = 0; i <= blocks; ++i) {  // the values of a block are needed after the keys of the next
-        if (i < blocks) {
-          const int stage = i % kStages;
-          barrier_wait(k_empty + stage, i / kStages % 2 ^ 1);
-          load(k_tiles + stage * kTile, &k_map, k_full + stage, k_head, w.first_token + (blocks - 1 - i) * kKeys);
+      for (uint32_t turn = 0; dealer.next(w); ++turn) {
+        const int blocks = blocks_of(), k_head = w.head / int(a.q_heads / a.k_heads);
+        const auto load = [&](uint8_t* tile, const CUtensorMap* map, uint64_t* full, int head, int token) {
+          barrier_expect_bytes(full, kTile);
+          for (int i = 0; i < kWidth / 64; ++i) tma_load(tile + i * kSlab, map, full, i * 64, head, token, w.batch);
+        };
+        barrier_wait(q_empty, turn % 2 ^ 1);
+        load(q_tile, &q_map, q_full, w.head, w.first_token + w.block * kQueries);
+        for (int i = 0; i <= blocks; ++i) {  // the values of a block are needed after the keys of the next
+          if (i < blocks) {
+            barrier_wait(k_empty + stage(i), phase(i) ^ 1);
+            load(k_tiles + stage(i) * kTile, &k_map, k_full + stage(i), k_head, w.first_token + (blocks - 1 - i) * kKeys);
+          }
+          if (i > 0) {
+            barrier_wait(v_empty + stage(i - 1), phase(i - 1) ^ 1);
+            load(v_tiles + stage(i - 1) * kTile, &v_map, v_full + stage(i - 1), k_head, w.first_token + (blocks - i) * kKeys);
+          }
         }
-        if (i > 0) {
-          const int stage = (i - 1) % kStages;
-          barrier_wait(v_empty + stage, (i - 1) / kStages % 2 ^ 1);
-          load(v_tiles + stage * kTile, &v_map, v_full + stage, k_head, w.first_token + (blocks - i) * kKeys);
-        }
+        done += blocks;
       }
     }
     return;
@@ -153,38 +174,42 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
   const bool elected = threadIdx.x % 128 == 0;
   const float scale_log2 = a.scale * kLog2e;
-  const int first_row = w.block * kQueries + consumer * 64 + warp * 16 + lane / 4;
-  float scores[64], out[64];
-  uint32_t probs[8][4];
-  Softmax softmax;
-  float keep[2];
-
   const uint64_t q_descriptor = matrix_descriptor(q_tile + consumer * 64 * 128);
-  const auto score_products = [&](int stage) {
-    const uint64_t k_descriptor = matrix_descriptor(k_tiles + stage * kTile);
-#pragma unroll
-    for (int i = 0; i < kWidth / 16; ++i) {
-      const int offset = (i / 4 * kSlab + i % 4 * 32) >> 4;
-      wgmma_m64n128k16(scores, q_descriptor + offset, k_descriptor + offset, i > 0);
-    }
-    wgmma_commit();
-  };
-  const auto value_products = [&](int stage, bool accumulate) {
-    const uint64_t v_descriptor = matrix_descriptor_transposed(v_tiles + stage * kTile, kSlab);
-#pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i)
-      wgmma_m64n128k16(out, probs[i], v_descriptor + (i * 16 * 128 >> 4), accumulate || i > 0);
-    wgmma_commit();
-  };
-
   if (consumer == 1) named_arrive(1, 256);  // the first warpgroup goes first
-  barrier_wait(q_full, 0);
-  barrier_wait(k_full, 0);
-  wgmma_fence();
-  score_products(0);
-  wgmma_wait<0>();
-  if (elected) barrier_arrive(k_empty);
-  {
+
+  for (uint32_t turn = 0; dealer.next(w); ++turn) {
+    const int blocks = blocks_of();
+    const int first_row = w.block * kQueries + consumer * 64 + warp * 16 + lane / 4;
+    float scores[64], out[64], keep[2];
+    uint32_t probs[8][4];
+    Softmax softmax;
+    const auto score_products = [&](int i) {
+      const uint64_t k_descriptor = matrix_descriptor(k_tiles + stage(i) * kTile);
+#pragma unroll
+      for (int j = 0; j < kWidth / 16; ++j) {
+        const int offset = (j / 4 * kSlab + j % 4 * 32) >> 4;
+        wgmma_m64n128k16(scores, q_descriptor + offset, k_descriptor + offset, j > 0);
+      }
+      wgmma_commit();
+    };
+    const auto value_products = [&](int i) {
+      const uint64_t v_descriptor = matrix_descriptor_transposed(v_tiles + stage(i) * kTile, kSlab);
+#pragma unroll
+      for (int j = 0; j < kKeys / 16; ++j) wgmma_m64n128k16(out, probs[j], v_descriptor + (j * 16 * 128 >> 4), i > 0 || j > 0);
+      wgmma_commit();
+    };
+    const auto release_keys = [&](int i) {
+      if (!elected) return;
+      barrier_arrive(k_empty + stage(i));
+      if (i == blocks - 1) barrier_arrive(q_empty);
+    };
+
+    barrier_wait(q_full, turn % 2);
+    barrier_wait(k_full + stage(0), phase(0));
+    wgmma_fence();
+    score_products(0);
+    wgmma_wait<0>();
+    release_keys(0);
     const int first_key = (blocks - 1) * kKeys;
     if (CAUSAL || first_key + kKeys > w.length) {
 #pragma unroll
@@ -193,56 +218,56 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (CAUSAL ? key > row : key >= w.length) scores[i] = -INFINITY;
       }
     }
-  }
-  softmax.step(scores, scale_log2, keep);
-  pack(scores, probs);
-
-  for (int i = 1; i < blocks; ++i) {
-    const int stage = i % kStages, before = (i - 1) % kStages;
-    barrier_wait(k_full + stage, i / kStages % 2);
-    named_sync(1 + consumer, 256);
-    wgmma_fence();
-    score_products(stage);
-    barrier_wait(v_full + before, (i - 1) / kStages % 2);
-    value_products(before, i > 1);
-    named_arrive(2 - consumer, 256);
-    wgmma_wait<1>();
-    if (elected) barrier_arrive(k_empty + stage);
     softmax.step(scores, scale_log2, keep);
-    wgmma_wait<0>();
-    if (elected) barrier_arrive(v_empty + before);
-#pragma unroll
-    for (int j = 0; j < 64; ++j) out[j] *= keep[j / 2 % 2];
     pack(scores, probs);
-  }
-  const int last = (blocks - 1) % kStages;
-  barrier_wait(v_full + last, (blocks - 1) / kStages % 2);
-  wgmma_fence();
-  value_products(last, blocks > 1);
-  wgmma_wait<0>();
+
+    for (int i = 1; i < blocks; ++i) {
+      barrier_wait(k_full + stage(i), phase(i));
+      named_sync(1 + consumer, 256);
+      wgmma_fence();
+      score_products(i);
+      barrier_wait(v_full + stage(i - 1), phase(i - 1));
+      value_products(i - 1);
+      named_arrive(2 - consumer, 256);
+      wgmma_wait<1>();
+      release_keys(i);
+      softmax.step(scores, scale_log2, keep);
+      wgmma_wait<0>();
+      if (elected) barrier_arrive(v_empty + stage(i - 1));
+#pragma unroll
+      for (int j = 0; j < 64; ++j) out[j] *= keep[j / 2 % 2];
+      pack(scores, probs);
+    }
+    barrier_wait(v_full + stage(blocks - 1), phase(blocks - 1));
+    wgmma_fence();
+    value_products(blocks - 1);
+    wgmma_wait<0>();
+    if (elected) barrier_arrive(v_empty + stage(blocks - 1));
+    done += blocks;
 
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float total = softmax.sum[half];
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
-    const float share = 1.f / total;
-    const int row = first_row + 8 * half;
-    const bool live = row < w.length;
-    const int64_t at = (w.row + row) * a.q_heads + w.head;
-    if (live && q == 0) a.lse[at] = softmax.peak[half] * a.scale + logf(total);
-    auto* to = static_cast<__nv_bfloat16*>(a.out) + at * kWidth;
+    for (int half = 0; half < 2; ++half) {
+      float total = softmax.sum[half];
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      const float share = 1.f / total;
+      const int row = first_row + 8 * half;
+      const bool live = row < w.length;
+      const int64_t at = (w.row + row) * a.q_heads + w.head;
+      if (live && q == 0) a.lse[at] = softmax.peak[half] * a.scale + logf(total);
+      auto* to = static_cast<__nv_bfloat16*>(a.out) + at * kWidth;
 #pragma unroll
-    for (int g = 0; g < 4; ++g) {
-      uint32_t packed[4];
+      for (int g = 0; g < 4; ++g) {
+        uint32_t packed[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int j = 4 * g + i;
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(out[4 * j + 2 * half] * share, out[4 * j + 2 * half + 1] * share);
-        packed[i] = reinterpret_cast<const uint32_t&>(pair);
+        for (int i = 0; i < 4; ++i) {
+          const int j = 4 * g + i;
+          const __nv_bfloat162 pair = __floats2bfloat162_rn(out[4 * j + 2 * half] * share, out[4 * j + 2 * half + 1] * share);
+          packed[i] = reinterpret_cast<const uint32_t&>(pair);
+        }
+        quad_transpose(packed, q);
+        if (live) *reinterpret_cast<uint4*>(to + 8 * (4 * g + q)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
-      quad_transpose(packed, q);
-      if (live) *reinterpret_cast<uint4*>(to + 8 * (4 * g + q)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
     }
   }
 }
@@ -259,14 +284,21 @@ CUtensorMap heads_map(const Attention& a, const Heads& x, int64_t heads) {
 }
 
 template <bool CAUSAL> void launch(const Attention& a, cudaStream_t stream) {
-  static const bool ready = [] {
+  static const int sms = [] {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
     check(cudaFuncSetAttribute(forward_kernel<CAUSAL>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-    return true;
+    return count;
   }();
-  (void)ready;
-  const int64_t per_head = a.cu_seqlens ? a.length / kQueries + a.sequences : (a.length + kQueries - 1) / kQueries * a.sequences;
+  const int64_t blocks = (a.length + kQueries - 1) / kQueries;
+  const int64_t tiles = (a.cu_seqlens ? a.length / kQueries + a.sequences : blocks * a.sequences) * a.q_heads;
+  if (tiles > INT32_MAX) throw std::invalid_argument("attention: more than 2^31 tiles of 128 queries and a head");
+  const int64_t k_heads = std::max<int64_t>(kCacheBytes / (a.length * 2 * kWidth * 2), 1);
+  const int64_t section = std::min(k_heads * (a.q_heads / a.k_heads), a.sequences * a.q_heads);
   const CUtensorMap q = heads_map(a, a.q, a.q_heads), k = heads_map(a, a.k, a.k_heads), v = heads_map(a, a.v, a.k_heads);
-  forward_kernel<CAUSAL><<<unsigned(per_head * a.q_heads), kThreads, kShared, stream>>>(q, k, v, a);
+  forward_kernel<CAUSAL><<<unsigned(std::min<int64_t>(tiles, sms)), kThreads, kShared, stream>>>(q, k, v, a, int(tiles),
+                                                                                                 int(section));
   check(cudaGetLastError());
 }
 
