@@ -10,18 +10,13 @@ from ..cpu._core import heads
 
 DTYPES = (torch.bfloat16,)
 CAPABILITY = (9, 0)  # wgmma
-WIDTH = 128
-
-
-def fits(q: Tensor, k: Tensor, q_start: Tensor | None, scale: float) -> bool:
-    """Whole sequences, as many keys as queries, D = 128, scale above 0."""
-    return q.shape[-1] == WIDTH and q.shape[:-2] == k.shape[:-2] and q_start is None and scale > 0
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, q_start: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As the op ``qwen3::attention``, for what `fits`."""
+    """As the op ``qwen3::attention``, which calls this for what it can do: D = 128, as many keys as queries, no ``q_start``,
+    scale above 0."""
     q, k, v = map(_aligned, (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)

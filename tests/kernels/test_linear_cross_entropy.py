@@ -92,6 +92,18 @@ def test_chunks_do_not_change_the_result(backend, dtype):
 
 
 @parametrize
+@pytest.mark.parametrize("chunks", [4, 11, 40])
+def test_error_rule_over_many_chunks(backend, dtype, chunks):
+    """Sums over chunks do not add up their roundings; a sum, since 1 / N would be rounded by plain torch alone."""
+    def chunked(**inputs):
+        return linear_cross_entropy(**inputs, chunk_tokens=440 // chunks)
+
+    inputs = inputs_for(440, 48, 96, dtype, 2.0)
+    check_error_rule(chunked, linear_cross_entropy_ref, backend, inputs, reduction="sum",
+                     weights=torch.rand(440, device=DEVICE) + 0.5)
+
+
+@parametrize
 def test_stats(backend, dtype):
     inputs = inputs_for(20, 32, 64, dtype, 2.0)
     with dispatch.use(backend):
