@@ -36,9 +36,12 @@ template <class T, class W> void forward(const RmsNorm& a) {
 template <class T, class W> void backward(const RmsNormBackward& a) {
   const W* weight = row<W>(a.weight, 0);
   const int chunks = chunks_of(a.n);
-  std::vector<float> partial(size_t(chunks) * a.h, 0.f);
+  // dweight is summed over kRun rows in fp32, beyond that in fp64: one fp32 sum over a long batch would lose digits.
+  constexpr int64_t kRun = 16;
+  std::vector<double> partial(size_t(chunks) * a.h, 0.0);
   parallel_chunks(a.n, chunks, [&](int c, int64_t begin, int64_t end) {
-    float* dweight = partial.data() + c * a.h;
+    std::vector<float> run(a.h, 0.f);
+    float* dweight = run.data();
     for (int64_t i = begin; i < end; ++i) {
       const T* dy = row<T>(a.dy, i);
       const T* x = row<T>(a.sum, i);
@@ -58,13 +61,17 @@ template <class T, class W> void backward(const RmsNormBackward& a) {
         if (dsum) d = d + load(dsum + j, n);
         store(dx + j, n, d);
       });
+      if ((i - begin) % kRun == kRun - 1 || i == end - 1) {
+        for (int64_t j = 0; j < a.h; ++j) partial[c * a.h + j] += dweight[j];
+        std::fill(run.begin(), run.end(), 0.f);
+      }
     }
   });
-  for_lanes(a.h, [&](int64_t j, int n) {
-    Vec total(0.f);
-    for (int c = 0; c < chunks; ++c) total = total + load(partial.data() + c * a.h + j, n);
-    store(a.dweight + j, n, total);
-  });
+  for (int64_t j = 0; j < a.h; ++j) {
+    double total = 0;
+    for (int c = 0; c < chunks; ++c) total += partial[c * a.h + j];
+    a.dweight[j] = float(total);
+  }
 }
 
 }  // namespace

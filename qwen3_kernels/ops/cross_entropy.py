@@ -64,7 +64,7 @@ def cross_entropy(
 
 def _reduce(nll: Tensor, lse: Tensor, kept: Tensor, reduction: str, z_loss: float) -> Tensor:
     if z_loss:
-        nll = nll + z_loss * lse.square().masked_fill(~kept, 0.0)
+        nll = nll + z_loss * lse.masked_fill(~kept, 0.0).square()  # masked first: 0 * NaN is no zero gradient
     if reduction == "none":
         return nll
     return nll.sum() if reduction == "sum" else nll.sum() / kept.sum().clamp(min=1)
