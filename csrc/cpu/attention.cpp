@@ -158,6 +158,24 @@ bool all_visible(const AttentionShape& s, const Sequence& q, const Block& block,
   return !s.causal || q.position + block.first / (s.q_heads / s.k_heads) >= first_key + n - 1;
 }
 
+// Scales the scores of n keys, [key, lane], hides those that a lane does not see and raises each lane's maximum.
+void finish_scores(const AttentionShape& s, const Sequence& q, const Block& block, int64_t first_key, int n, float* scores,
+                   float* peak) {
+  alignas(64) float last[kLanes];
+  const bool masked = !all_visible(s, q, block, first_key, n);
+  if (masked) visible(s, q, block, first_key, last);
+  for (int v = 0; v < block.vectors * W; v += W) {
+    Vec top = Vec::load(peak + v);
+    for (int j = 0; j < n; ++j) {
+      Vec x = Vec::load(scores + j * kLanes + v) * Vec(s.scale);
+      if (masked) x = select_le(Vec(float(j)), Vec::load(last + v), x, Vec(-INFINITY));
+      x.store(scores + j * kLanes + v);
+      top = max(top, x);
+    }
+    top.store(peak + v);
+  }
+}
+
 struct Task {
   int64_t sequence, k_head, first;
 };
@@ -181,7 +199,7 @@ template <class T> void forward_block(const Attention& a, const Task& task, floa
     for (int64_t d = 0; d < width; ++d) qt[d * kLanes + l] = to_float(q[d]);
   }
   std::fill(ot, ot + width * kLanes, 0.f);
-  alignas(64) float peak[kLanes], total[kLanes], last[kLanes];
+  alignas(64) float peak[kLanes], before[kLanes], total[kLanes];
   std::fill(peak, peak + kLanes, -INFINITY);
   std::fill(total, total + kLanes, 0.f);
 
@@ -189,26 +207,17 @@ template <class T> void forward_block(const Attention& a, const Task& task, floa
     const int n = int(std::min<int64_t>(kKeys, block.keys - first_key));
     const Matrix k = widened(at<T>(a.k, seq.batch, seq.first_token + first_key, task.k_head), a.k.token, n, width, kv);
     gemm(n, used, width, k, {qt, kLanes}, {scores, kLanes}, false);
-    const bool masked = !all_visible(s, seq, block, first_key, n);
-    if (masked) visible(s, seq, block, first_key, last);
+    std::copy(peak, peak + kLanes, before);
+    finish_scores(s, seq, block, first_key, n, scores, peak);
     for (int v = 0; v < used; v += W) {
-      const Vec before = Vec::load(peak + v);
-      Vec top = before;
-      for (int j = 0; j < n; ++j) {
-        Vec x = Vec::load(scores + j * kLanes + v) * Vec(s.scale);
-        if (masked) x = select_le(Vec(float(j)), Vec::load(last + v), x, Vec(-INFINITY));
-        x.store(scores + j * kLanes + v);
-        top = max(top, x);
-      }
-      top.store(peak + v);
-      const Vec shift = max(top, Vec(-FLT_MAX));  // no key seen yet: exp(-inf + FLT_MAX) = 0
+      const Vec shift = max(Vec::load(peak + v), Vec(-FLT_MAX));  // no key seen yet: exp(-inf + FLT_MAX) = 0
       Vec sum(0.f);
       for (int j = 0; j < n; ++j) {
         const Vec p = exp(Vec::load(scores + j * kLanes + v) - shift);
         p.store(scores + j * kLanes + v);
         sum = sum + p;
       }
-      const Vec keep = exp(max(before, Vec(-FLT_MAX)) - shift);
+      const Vec keep = exp(max(Vec::load(before + v), Vec(-FLT_MAX)) - shift);
       fma(Vec::load(total + v), keep, sum).store(total + v);
       for (int64_t d = 0; d < width; ++d) (Vec::load(ot + d * kLanes + v) * keep).store(ot + d * kLanes + v);
     }
@@ -284,7 +293,7 @@ template <class T> void backward_head(const AttentionBackward& a, int64_t b, int
       }
     }
 
-    alignas(64) float peak[kLanes], last[kLanes];
+    alignas(64) float peak[kLanes];
     std::fill(peak, peak + kLanes, -FLT_MAX);  // of a query without keys: exp(-inf + FLT_MAX) = 0
     const auto keys = [&](const Heads& x, int64_t first_key, int n) {
       return widened(at<T>(x, seq.batch, seq.first_token + first_key, k_head), x.token, n, width, kv);
@@ -294,18 +303,7 @@ template <class T> void backward_head(const AttentionBackward& a, int64_t b, int
       float *scores = p + first_key * kLanes, *dp = ds + first_key * kLanes;
       gemm(n, used, width, keys(a.k, first_key, n), {qt, kLanes}, {scores, kLanes}, false);
       gemm(n, used, width, keys(a.v, first_key, n), {doutt, kLanes}, {dp, kLanes}, false);
-      const bool masked = !all_visible(s, seq, block, first_key, n);
-      if (masked) visible(s, seq, block, first_key, last);
-      for (int i = 0; i < used; i += W) {
-        Vec top = Vec::load(peak + i);
-        for (int j = 0; j < n; ++j) {
-          Vec x = Vec::load(scores + j * kLanes + i) * Vec(s.scale);
-          if (masked) x = select_le(Vec(float(j)), Vec::load(last + i), x, Vec(-INFINITY));
-          x.store(scores + j * kLanes + i);
-          top = max(top, x);
-        }
-        top.store(peak + i);
-      }
+      finish_scores(s, seq, block, first_key, n, scores, peak);
     }
     for (int i = 0; i < used; i += W) {
       const Vec shift = Vec::load(peak + i);
