@@ -81,10 +81,12 @@ def use(name: str, *ops: str) -> Iterator[None]:
         _override.update(saved)
 
 
-@torch._dynamo.assume_constant_result
 def resolve(op: str, device: str, dtype: torch.dtype) -> str:
     """Name of the backend that runs ``op``; constant for a process (but for ``use``), so torch.compile folds it."""
     return _override.get(op) or explain(op, device, dtype).backend
+
+
+resolve._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which takes 2 s to import dynamo
 
 
 @functools.cache
