@@ -1,0 +1,1 @@
+"""The kernels inside other people's libraries. Nothing is imported here: take the module of the library you use."""

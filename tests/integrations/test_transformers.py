@@ -1,0 +1,626 @@
+"""The drop-in for transformers: the same losses, logits and gradients as the unpatched model, and nothing left behind."""
+
+import copy
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from tiny_hf import V5, batch, check_error_rule, logits, losses, make, parametrize_dtype, parametrize_kind, step, wide
+from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+from qwen3_kernels.integrations import transformers as integration
+from qwen3_kernels.integrations.transformers import NAME, OPS, apply, revert
+
+PACKED = torch.cat([torch.arange(n) for n in (5, 1, 8, 7)])[None]
+CU_SEQLENS = torch.tensor([0, 5, 6, 14, 21], dtype=torch.int32)
+
+
+def only(*ops: str) -> dict[str, bool]:
+    return {op: op in ops for op in OPS}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each op was called."""
+    seen = {}
+
+    def count(name):
+        function = getattr(integration, name)
+
+        @functools.wraps(function)
+        def counted(*args, **kwargs):
+            seen.setdefault(name, []).append(kwargs)
+            return function(*args, **kwargs)
+
+        return counted
+
+    for name in ("rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy", "attention_op"):
+        monkeypatch.setattr(integration, name, count(name))
+    return seen
+
+
+# --- Losses, logits, gradients.
+
+
+def exact_routing(kind: str, dtype: torch.dtype) -> dict:
+    """All experts for all tokens where rounding would decide who is chosen."""
+    return {"num_experts_per_tok": 4} if kind == "moe" and dtype == torch.bfloat16 else {}
+
+
+@parametrize_dtype
+@parametrize_kind
+def test_error_rule(kind, dtype):
+    model, inputs = make(kind, dtype, **exact_routing(kind, dtype)), batch()
+    truth_model = wide(model)
+    truth, plain = step(truth_model, inputs), step(model, inputs)
+
+    def values(model):
+        return {"logits": logits(model, inputs), "losses": losses(model, inputs)}
+
+    truth_values, plain_values = values(truth_model), values(model)
+    apply(model)
+    check_error_rule(step(model, inputs), plain, truth)
+    check_error_rule(values(model), plain_values, truth_values)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "experts"])
+def test_every_op_alone(op):
+    model, inputs = make(dtype=torch.bfloat16), batch()
+    truth, plain = step(wide(model), inputs), step(model, inputs)
+    report = apply(model, **only(op))
+    assert list(report.patched) == [op]
+    check_error_rule(step(model, inputs), plain, truth)
+
+
+@pytest.mark.skipif(not V5, reason="one module per expert in transformers 4")
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts_alone(implementation, calls):
+    model, inputs = make("moe"), batch()
+    model.config._experts_implementation = implementation
+    truth, plain = step(wide(model), inputs), step(model, inputs)
+    report = apply(model, **only("experts"))
+    assert report.patched == {"experts": {"Qwen3MoeExperts": 1}}
+    assert any("matrix products are transformers'" in note for note in report.notes)
+    check_error_rule(step(model, inputs), plain, truth)
+    assert len(calls["swiglu"]) == (4 if implementation == "eager" else 1)
+
+
+def test_every_op_is_used_once_a_place(calls):
+    model = make()
+    apply(model)
+    step(model, batch())
+    assert {name: len(c) for name, c in calls.items()} == {
+        "rms_norm": 5, "qk_norm_rope": 2, "swiglu": 2, "linear_cross_entropy": 1, "attention_op": 2,
+    }
+    assert sum(len(c) == 0 for c in calls.values()) == 0
+
+
+@parametrize_kind
+def test_yarn_and_far_positions_keep_float32_angles(kind):
+    """transformers rounds cos and sin to bf16; far positions show that ours does not do worse."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    changes = {"rope_parameters": rope} if V5 else {"rope_scaling": rope}
+    model = make(kind, torch.bfloat16, **changes, **exact_routing(kind, torch.bfloat16))
+    inputs = batch() | {"position_ids": torch.arange(21)[None] + torch.tensor([[100], [3000]])}
+    truth, plain = step(wide(model), inputs), step(model, inputs)
+    apply(model)
+    check_error_rule(step(model, inputs), plain, truth)
+
+
+@parametrize_kind
+def test_autocast(kind):
+    model, inputs = make(kind, **exact_routing(kind, torch.bfloat16)), batch()
+    truth = step(wide(model), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = step(model, inputs)
+        apply(model)
+        got = step(model, inputs)
+    check_error_rule(got, plain, truth, torch.bfloat16)
+    assert got["lm_head.weight"].dtype == torch.float32
+
+
+# --- The loss without logits.
+
+
+@parametrize_kind
+def test_training_with_labels_gives_no_logits(kind, calls):
+    model, inputs = make(kind), batch()
+    apply(model)
+    out = model(**inputs)
+    assert out.logits is None and out.loss.requires_grad
+    assert (getattr(out, "aux_loss", None) is not None) == (kind == "moe")
+    assert model(input_ids=inputs["input_ids"]).logits.shape == (2, 21, 128)
+    assert len(calls["linear_cross_entropy"]) == 1
+    model.eval()
+    assert model(**inputs).logits.shape == (2, 21, 128)
+    assert model(input_ids=inputs["input_ids"], logits_to_keep=2).logits.shape == (2, 2, 128)
+    assert len(calls["linear_cross_entropy"]) == 1
+
+
+@pytest.mark.parametrize("options", [
+    {"num_items_in_batch": 50}, {"num_items_in_batch": torch.tensor(50)}, {"ignore_index": 7}, {"shift": True},
+], ids=["int", "tensor", "ignore_index", "shift_labels"])
+def test_options_of_the_loss(options, calls):
+    model, inputs = make(), batch()
+    options = dict(options)
+    if options.pop("shift", False):
+        options["shift_labels"] = inputs["labels"].roll(2, 1)
+    if "ignore_index" in options:
+        inputs["labels"][:, :9] = 7
+    plain, truth = step(model, inputs | options), step(wide(model), inputs | options)
+    assert abs(plain["loss"] - step(model, batch())["loss"]) > 1e-3
+    apply(model)
+    check_error_rule(step(model, inputs | options), plain, truth)
+    assert len(calls["linear_cross_entropy"]) == 1
+
+
+def test_positional_arguments_and_tuples():
+    model, inputs = make(), batch()
+    names = ["input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels"]
+    plain = model(*[inputs.get(name) for name in names]).loss
+    apply(model)
+    torch.testing.assert_close(model(*[inputs.get(name) for name in names]).loss, plain)
+    out = model(**inputs, return_dict=False)
+    assert isinstance(out, tuple)
+    torch.testing.assert_close(out[0], plain)
+
+
+def test_hidden_states_are_returned():
+    model, inputs = make(), batch()
+    plain = model(**inputs, output_hidden_states=True).hidden_states
+    apply(model)
+    got = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(got) == len(plain) == 3
+    for a, b in zip(got, plain):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_of_ones_own_gets_its_logits(calls):
+    model, inputs = make(), batch()
+    apply(model)
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.square().mean()
+    assert model(**inputs).logits is not None
+    assert "linear_cross_entropy" not in calls
+
+
+def test_signature_stays():
+    import inspect
+
+    model = make()
+    before = inspect.signature(model.forward)
+    apply(model)
+    assert inspect.signature(model.forward) == before  # Trainer reads from it what the model accepts
+
+
+# --- Before and after construction, wrappers, counts.
+
+
+@parametrize_kind
+def test_before_construction_equals_after(kind):
+    inputs = batch()
+    report = apply()
+    before = make(kind)
+    assert report.model is None and "Qwen3RMSNorm (class)" in str(report)
+    assert before.config._attn_implementation == NAME
+    got = step(before, inputs)
+    assert before(**inputs).logits is None
+    revert()
+    assert before.config._attn_implementation == "sdpa"
+    assert before(**inputs).logits is not None
+    after = make(kind)
+    apply(after)
+    for name, value in step(after, inputs).items():
+        assert torch.equal(value, got[name]), name
+
+
+def test_an_attention_that_was_named_is_kept():
+    apply()
+    assert make(attn_implementation="eager").config._attn_implementation == "eager"
+
+
+@parametrize_kind
+def test_report_counts(kind):
+    model = make(kind)
+    report = apply(model)
+    p = "Qwen3Moe" if kind == "moe" else "Qwen3"
+    expected = {
+        "rms_norm": {f"{p}RMSNorm": 9, f"{p}DecoderLayer": 2},
+        "qk_norm_rope": {f"{p}Attention": 2, f"{p}RotaryEmbedding": 1},
+        "swiglu": {f"{p}MLP": 1 if kind == "moe" else 2},
+        "linear_cross_entropy": {f"{p}ForCausalLM": 1},
+        "attention": {f"{p}Attention": 2},
+    }
+    if kind == "moe":
+        expected["experts"] = {"Qwen3MoeExperts": 1} if V5 else {"Qwen3MoeMLP": 5}
+        expected["swiglu"] = {"Qwen3MoeMLP": 1 if V5 else 5}
+    assert report.patched == expected
+    assert f"{p}RMSNorm: 9 instances" in str(report)
+    assert apply(model) == report  # again, and the same
+
+
+def test_a_model_without_dense_layers_has_no_swiglu():
+    report = apply(make("moe", mlp_only_layers=[]))
+    assert ("swiglu" in report.patched) == (not V5)
+    assert "experts" in report.patched
+
+
+def test_submodules_and_other_heads():
+    model = make()
+    report = apply(model.model, linear_cross_entropy=False)
+    assert report.model == "Qwen3Model"
+    head = transformers.Qwen3ForSequenceClassification(model.config)
+    with pytest.raises(ValueError, match="nothing to patch for linear_cross_entropy in Qwen3ForSequenceClassification"):
+        apply(head)
+    assert apply(head, linear_cross_entropy=False).patched["rms_norm"]["Qwen3RMSNorm"] == 9
+
+
+def test_loud_failures():
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not a Qwen3"):
+        apply(llama)
+    with pytest.raises(ValueError, match="Linear is not a Qwen3"):
+        apply(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no op was asked for"):
+        apply(make(), **only())
+    with pytest.raises(ValueError, match="nothing to patch for experts in Qwen3ForCausalLM"):
+        apply(make(), **only("experts"))
+    model = make()
+    foreign = model.model.layers[1].mlp
+    foreign.forward = lambda x: x
+    with pytest.raises(RuntimeError, match=r"model.layers.1.mlp \(Qwen3MLP\) was replaced by code in .*test_transformers.py"):
+        apply(model)
+    assert "forward" not in vars(model.model.layers[0].mlp), "nothing may be patched by an apply that fails"
+    assert apply(model, swiglu=False)
+
+
+def test_another_activation_is_left_alone(calls):
+    model, inputs = make(hidden_act="gelu"), batch()
+    plain = step(model, inputs)
+    report = apply(model)
+    assert any("not SiLU" in note for note in report.notes)
+    torch.testing.assert_close(step(model, inputs)["loss"], plain["loss"])
+    assert "swiglu" not in calls
+
+
+def test_subclass_with_its_own_forward_is_left_alone():
+    class Other(modeling_qwen3.Qwen3MLP):
+        def forward(self, x):
+            return 0 * x
+
+    model = make()
+    model.model.layers[0].mlp = Other(model.config)
+    assert apply(model).patched["swiglu"] == {"Qwen3MLP": 1}
+    assert model.model.layers[0].mlp(torch.ones(1, 64)).abs().sum() == 0
+
+
+def test_copies_work():
+    model, inputs = make(), batch()
+    apply(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    assert logits(twin, inputs).abs().sum() > 0, "the copy must use its own weights"
+
+
+# --- PEFT, accelerate.
+
+
+def lora(model, **changes):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    targets = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, **targets | changes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("when, saved", [
+    ("after", None), ("after", ["q_norm", "post_attention_layernorm", "lm_head"]), ("before", ["lm_head"]),
+], ids=["lora", "norms and head", "before"])
+def test_peft(saved, when, calls):
+    inputs = batch()
+    plain_model = lora(make(), modules_to_save=saved)
+    plain, truth = step(plain_model, inputs), step(wide(plain_model), inputs)
+    base = make()
+    if when == "before":
+        apply(base)
+    model = lora(base, modules_to_save=saved)
+    if when == "after":
+        report = apply(model)
+        assert report.model == "PeftModelForCausalLM" and report.patched["rms_norm"]["Qwen3RMSNorm"] >= 9
+    got = step(model, inputs)
+    assert any(".lora_A." in name for name in got) and (saved is None or any("modules_to_save" in name for name in got))
+    check_error_rule(got, plain, truth)
+    assert len(calls["qk_norm_rope"]) == 2 and len(calls["linear_cross_entropy"]) == 1
+
+
+def test_lora_on_the_head_keeps_the_logits(calls):
+    inputs = batch()
+    model = lora(make(), target_modules=["q_proj", "lm_head"])
+    plain = step(model, inputs)
+    report = apply(model)
+    assert any("lm_head" in note and "logits" in note for note in report.notes)
+    torch.testing.assert_close(step(model, inputs)["loss"], plain["loss"])
+    assert "linear_cross_entropy" not in calls
+
+
+def test_accelerate_hooks(calls):
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Seen(hooks.ModelHook):
+        count = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Seen.count += 1
+            return args, kwargs
+
+    model, inputs = make(), batch()
+    plain = step(model, inputs)
+    for module in model.modules():
+        if list(module.parameters()):  # not the activation: the op is in its place
+            hooks.add_hook_to_module(module, Seen())
+    step(model, inputs)
+    before, Seen.count = Seen.count, 0
+    apply(model)
+    got = step(model, inputs)
+    assert Seen.count == before, "every hook must still run"
+    assert len(calls["swiglu"]) == 2 and len(calls["linear_cross_entropy"]) == 1
+    torch.testing.assert_close(got["loss"], plain["loss"])
+    revert()
+    for module in model.modules():
+        hooks.remove_hook_from_module(module)
+    calls.clear()
+    assert torch.equal(step(model, inputs)["loss"], plain["loss"]) and not calls
+
+
+def test_revert_under_hooks_added_after(calls):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, inputs = make(), batch()
+    plain = step(model, inputs)
+    apply(model)
+    for module in model.modules():
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    revert()
+    calls.clear()
+    assert torch.equal(step(model, inputs)["loss"], plain["loss"]) and not calls
+
+
+def test_revert_says_what_it_cannot_take_back():
+    model = make()
+    apply(model)
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    with pytest.warns(UserWarning, match="forward of Qwen3ForCausalLM was wrapped after apply"):
+        revert()
+
+
+# --- Attention: cache, packed documents, masks.
+
+
+@pytest.mark.parametrize("kind, cache", [("dense", "dynamic"), ("moe", "dynamic"), ("dense", "static")])
+def test_generate(kind, cache):
+    model = make(kind, use_cache=True, output_router_logits=False).eval()
+    ids = batch()["input_ids"][:, :9]
+    options = dict(max_new_tokens=12, do_sample=False, disable_compile=True)
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    plain = model.generate(ids, **options)
+    apply(model)
+    assert torch.equal(model.generate(ids, **options), plain)
+    padded = torch.cat([ids.new_zeros(2, 3), ids], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :3] = 0
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 3:], plain)
+
+
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens"])
+@parametrize_kind
+def test_packed_documents_do_not_see_each_other(kind, how, calls):
+    model, inputs = make(kind, output_router_logits=False), batch(rows=1)
+    inputs["labels"] = inputs["labels"].masked_fill(PACKED == 0, -100)
+    packed = inputs | {"position_ids": PACKED}
+    if how == "cu_seq_lens":
+        packed |= {"cu_seq_lens_q": CU_SEQLENS, "cu_seq_lens_k": CU_SEQLENS, "max_length_q": 8, "max_length_k": 8}
+    truth, plain = step(wide(model), packed), step(model, packed)
+    apply(model)
+    check_error_rule(step(model, packed), plain, truth)
+    assert all(torch.equal(c["cu_seqlens"], CU_SEQLENS) for c in calls["attention_op"]) and len(calls["attention_op"]) == 2
+    alone = [logits(model, {"input_ids": inputs["input_ids"][:, a:b]}) for a, b in zip(CU_SEQLENS, CU_SEQLENS[1:])]
+    together = logits(model, {k: v for k, v in packed.items() if k != "labels"})
+    torch.testing.assert_close(together, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_rows_of_a_batch(calls):
+    model, inputs = make(), batch(rows=2)
+    second = torch.cat([torch.arange(11), torch.arange(10)])[None]
+    packed = inputs | {"position_ids": torch.cat([PACKED, second])}
+    truth, plain = step(wide(model), packed), step(model, packed)
+    apply(model)
+    check_error_rule(step(model, packed), plain, truth)
+    assert calls["attention_op"][0]["cu_seqlens"].tolist() == [0, 5, 6, 14, 21, 32, 42]
+
+
+def test_documents_are_counted_once_a_step(monkeypatch):
+    model = make()
+    apply(model)
+    seen = []
+    nonzero = torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda self: seen.append(1) or nonzero(self))
+    model(**batch(rows=1), position_ids=PACKED)
+    assert len(seen) == 1
+    model(**batch(rows=1), position_ids=PACKED, cu_seq_lens_q=CU_SEQLENS)
+    assert len(seen) == 1, "with cu_seq_lens nothing is left to count"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_falls_back(side, calls):
+    model, inputs = make(), batch()
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, slice(0, 6) if side == "left" else slice(-6, None)] = 0
+    inputs |= {"attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
+    truth, plain = step(wide(model), inputs), step(model, inputs)
+    apply(model)
+    check_error_rule(step(model, inputs), plain, truth)
+    assert "attention_op" not in calls
+    step(model, inputs | {"attention_mask": torch.ones_like(mask)})
+    assert len(calls["attention_op"]) == 2, "a mask of ones is no mask"
+
+
+@pytest.mark.parametrize("changes", [
+    {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {"attention_dropout": 0.5},
+], ids=["sliding window", "dropout"])
+def test_what_the_op_cannot_do_falls_back(changes, calls):
+    model = make(**changes)
+    packed = batch(rows=1) | {"position_ids": PACKED}
+    for inputs in (batch(), packed):
+        torch.manual_seed(5)
+        plain = step(model, inputs)
+        apply(model)
+        torch.manual_seed(5)
+        torch.testing.assert_close(step(model, inputs), plain, rtol=1e-4, atol=1e-5)
+        revert()
+    used = len(calls.get("attention_op", ()))
+    assert used == (2 if "sliding_window" in changes else 0)  # the full layer, of two
+
+
+def test_four_dimensional_masks_fall_back(calls):
+    model, inputs = make(), batch()
+    mask = torch.ones(21, 21, dtype=torch.bool).tril().triu(-5).expand(2, 1, 21, 21)
+    plain = step(model, inputs | {"attention_mask": mask})
+    apply(model)
+    torch.testing.assert_close(step(model, inputs | {"attention_mask": mask}), plain, rtol=1e-4, atol=1e-5)
+    assert "attention_op" not in calls
+
+
+# --- Checkpointing, compile.
+
+
+@parametrize_kind
+def test_gradient_checkpointing(kind, calls):
+    model, inputs = make(kind), batch()
+    apply(model)
+    plain = step(model, inputs)
+    before = len(calls["qk_norm_rope"])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(step(model, inputs), plain, rtol=1e-4, atol=1e-5)
+    assert len(calls["qk_norm_rope"]) - before == 4, "each layer runs twice"
+
+
+@parametrize_kind
+def test_gradient_checkpointing_of_patched_classes(kind, calls):
+    apply()
+    model, inputs = make(kind), batch()
+    plain = step(model, inputs)
+    before = len(calls["qk_norm_rope"])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(step(model, inputs), plain, rtol=1e-4, atol=1e-5)
+    assert len(calls["qk_norm_rope"]) - before == 4, "each layer runs twice"
+
+
+@pytest.mark.parametrize("kind, packing", [("dense", False), ("moe", True)], ids=["causal", "packed moe"])
+def test_compile(kind, packing):
+    if kind == "moe" and not V5:
+        pytest.skip("transformers 4 loops over the experts that were hit, which no full graph can hold")
+    model, inputs = make(kind), batch(rows=1)
+    if packing:
+        inputs |= {"position_ids": PACKED, "cu_seq_lens_q": CU_SEQLENS, "cu_seq_lens_k": CU_SEQLENS}
+    apply(model)
+    plain = step(model, inputs)
+    torch._dynamo.reset()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss
+    model.zero_grad()
+    loss.backward()
+    torch.testing.assert_close(loss, plain["loss"], rtol=1e-5, atol=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, plain[name], rtol=1e-4, atol=1e-5)
+
+
+# --- Revert.
+
+
+def everything() -> dict:
+    """What apply may touch outside of instances."""
+    state = {}
+    for module in (modeling_qwen3, modeling_qwen3_moe):
+        for name, cls in vars(module).items():
+            if isinstance(cls, type) and cls.__module__ == module.__name__:
+                # transformers notes on the class whether the implementation may be set
+                state |= {(name, k): v for k, v in vars(cls).items() if not k.endswith("_cached_value")}
+    state["attention"] = dict(transformers.AttentionInterface._global_mapping)
+    state["masks"] = dict(transformers.masking_utils.AttentionMaskInterface._global_mapping)
+    return state
+
+
+@parametrize_kind
+def test_revert_restores_everything(kind):
+    model, inputs = make(kind), batch()
+    plain = step(model, inputs)
+    before = everything()
+    owned = {name: set(vars(m)) for name, m in model.named_modules()}
+    apply(model, swiglu=False)
+    apply()
+    apply()
+    apply(model)
+    apply(model)
+    assert everything() != before
+    revert()
+    after = everything()
+    assert after.keys() == before.keys() and all(after[k] is before[k] or after[k] == before[k] for k in before)
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == owned
+    assert model.config._attn_implementation == "sdpa"
+    for name, value in step(model, inputs).items():
+        assert torch.equal(value, plain[name]), name
+    revert()  # nothing left, nothing done
+    apply(model)
+    assert model(**inputs).logits is None
+
+
+def test_revert_keeps_no_model_alive():
+    import gc
+    import weakref
+
+    model = make()
+    apply(model)
+    reference = weakref.ref(model.model.layers[0])
+    del model
+    gc.collect()
+    assert reference() is None
+    revert()
+
+
+def test_eager_attention_is_put_back():
+    model = make(attn_implementation="eager")
+    apply(model)
+    assert model.config._attn_implementation == NAME
+    revert()
+    assert model.config._attn_implementation == "eager"
+
+
+# --- Imports.
+
+
+def test_imports_are_fast():
+    code = """
+import time, torch, numpy
+def seconds(name):
+    start = time.perf_counter()
+    __import__(name)
+    return time.perf_counter() - start
+first = seconds("qwen3_kernels")
+import transformers
+print(first, seconds("qwen3_kernels.integrations.transformers"))
+assert not torch.cuda.is_initialized()
+"""
+    for _ in range(3):  # a busy machine may need another try
+        out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        if max(map(float, out.split())) < 1.0:
+            return
+    pytest.fail(f"seconds to import qwen3_kernels and its integration: {out}")
