@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -34,13 +35,23 @@ FORWARD_ONLY = frozenset({"attention_inference"})
 
 
 def run(op: str, backend: str, device: str, dtype: torch.dtype) -> float:
-    """Error ratio of one backend on small inputs; infinite when it raises."""
+    """Error ratio of one backend on small inputs; infinite when it raises.
+
+    An op's first call may come from anywhere: a checkpointed layer, autocast, inference mode, a trace. All of that
+    belongs to the caller's thread, so the check has one of its own.
+    """
     function, ref = _PAIRS[op]
-    try:
-        # The first call of an op may come from inside no_grad or inference_mode; the check needs gradients all the same.
-        grads = torch.no_grad() if op in FORWARD_ONLY else torch.enable_grad()
-        with torch.inference_mode(False), grads, dispatch.use(backend, op):
+    index = torch.cuda.current_device() if device == "cuda" else None
+
+    def check() -> float:
+        if index is not None:
+            torch.cuda.set_device(index)
+        with torch.set_grad_enabled(op not in FORWARD_ONLY), dispatch.use(backend, op):
             return compare(function, ref, inputs_for(op, device, dtype))
+
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(check).result()
     except Exception as e:  # a backend that cannot even run is a failed check, and the doctor shows why
         warnings.warn(f"qwen3_kernels: self-check of {op} on backend '{backend}' raised {e!r}", stacklevel=2)
         return float("inf")

@@ -72,6 +72,8 @@ def _rotary(original: Callable, family: Family) -> Callable:
 
 
 def _attention_module(original: Callable, family: Family) -> Callable:
+    cache_name = "cache" if "cache" in inspect.signature(original).parameters else "past_key_values"  # before 5.2x
+
     def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
         half = self.head_dim // 2
         if not (_bare(self.q_norm) and _bare(self.k_norm)):
@@ -83,12 +85,10 @@ def _attention_module(original: Callable, family: Family) -> Callable:
         q, k, v = (p(hidden_states).view(*tokens, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = qk_norm_rope(q, k, _weight(self.q_norm, q), _weight(self.k_norm, k), cos, sin, self.q_norm.variance_epsilon)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        cache = kwargs.pop("past_key_values", None)
-        if cache is None:
-            cache = kwargs.pop("cache", None)  # its name since 5.2x
+        cache, position = kwargs.pop(cache_name, None), kwargs.pop("cache_position", None)
         if cache is not None:
-            extra = {"cache_position": kwargs["cache_position"]} if "cache_position" in kwargs else {}
-            k, v = cache.update(k, v, self.layer_idx, extra)
+            known = {} if position is None else {"cache_kwargs": {"cache_position": position}}
+            k, v = cache.update(k, v, self.layer_idx, **({"kwargs": kwargs} if cache_name == "cache" else known))
         out, weights = family.attention_function(self.config._attn_implementation)(
             self, q, k, v, attention_mask, dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling,
             sliding_window=self.sliding_window, **kwargs,
@@ -495,7 +495,7 @@ def _inherits(own: type, cls: type, attr: str) -> bool:
     """Whether ``own`` has the attribute of ``cls``, as it is or in a wrapper (transformers' checkpointing wraps the forward of
     every subclass, FSDP2's included). A subclass with a forward of its own is another model."""
     wanted = getattr(cls, attr)
-    return inspect.unwrap(getattr(own, attr), stop=lambda f: f is wanted) is inspect.unwrap(wanted, stop=lambda f: f is wanted)
+    return inspect.unwrap(getattr(own, attr), stop=lambda f: f is wanted) is wanted
 
 
 def _slot(module: nn.Module, name: str, attr: str, *ours: Callable) -> str:
