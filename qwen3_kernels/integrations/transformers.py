@@ -1,11 +1,11 @@
-"""The kernels inside transformers' own Qwen3 and Qwen3-MoE (4.57 and 5.x): `apply`, a `Report` of what it did, `revert`.
+"""The kernels inside transformers' own Qwen3 and Qwen3-MoE (4.57 and 5.x): `apply`, a `Report` of it, `revert`.
 
     from qwen3_kernels.integrations.transformers import apply
     print(apply(model))   # an existing model, whatever wraps it; or apply() before any model is made
 
-One table, `PATCHES`, says which attribute of which class an op replaces; both families share it. A replacement is made from
-the attribute it replaces, calls that one whenever the kernel cannot do what was asked, and takes all arguments it does not
-use itself as they come: so it needs to know little of the version.
+One table, `PATCHES`, says which attribute of which class an op replaces; both families share it. A replacement is made
+from the attribute it replaces, calls that one whenever the kernel cannot do what was asked, and takes all arguments it
+does not use itself as they come: so it needs to know little of the version.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def _norm(original: Callable, family: Family) -> Callable:
 
 
 def _decoder_layer(original: Callable, family: Family) -> Callable:
-    """The sum of attention's output and the residual stream goes with the norm that follows it. Always put on the instance:
-    the class's forward is the one that checkpoints, and does so only where it is found on the class."""
+    """The sum of attention's output and the residual stream goes with the norm that follows it. Always put on the
+    instance: the class's forward is the one that checkpoints, and does so only where it is found on the class."""
 
     def forward(self, hidden_states, *args, **kwargs):
         norm = self.post_attention_layernorm
@@ -83,15 +83,16 @@ def _attention_module(original: Callable, family: Family) -> Callable:
         cos, sin = (t[..., :half].reshape(-1, half).float() for t in position_embeddings)
         tokens = hidden_states.shape[:-1]
         q, k, v = (p(hidden_states).view(*tokens, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = qk_norm_rope(q, k, _weight(self.q_norm, q), _weight(self.k_norm, k), cos, sin, self.q_norm.variance_epsilon)
+        weights = _weight(self.q_norm, q), _weight(self.k_norm, k)
+        q, k = qk_norm_rope(q, k, *weights, cos, sin, self.q_norm.variance_epsilon)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         cache, position = kwargs.pop(cache_name, None), kwargs.pop("cache_position", None)
         if cache is not None:
             known = {} if position is None else {"cache_kwargs": {"cache_position": position}}
             k, v = cache.update(k, v, self.layer_idx, **({"kwargs": kwargs} if cache_name == "cache" else known))
         out, weights = family.attention_function(self.config._attn_implementation)(
-            self, q, k, v, attention_mask, dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling,
-            sliding_window=self.sliding_window, **kwargs,
+            self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=self.sliding_window,
+            dropout=self.attention_dropout if self.training else 0.0, **kwargs,
         )
         return self.o_proj(out.reshape(*tokens, -1)), weights
 
@@ -169,8 +170,8 @@ def _causal_lm(original: Callable, family: Family) -> Callable:
 
 
 class _LossOfHead(TorchFunctionMode):
-    """Inside, the head's ``F.linear`` gives the loss in place of logits. The head is still called as the module it is, so its
-    hooks (FSDP2's gathering, accelerate's moving) run and its wrappers (PEFT's trained copy) choose the weight."""
+    """Inside, the head's ``F.linear`` gives the loss in place of logits. The head is still called as the module it is:
+    its hooks (FSDP2's gathering, accelerate's moving) run, and its wrappers (PEFT's trained copy) choose the weight."""
 
     def __init__(self, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_) -> None:
         super().__init__()
@@ -184,9 +185,10 @@ class _LossOfHead(TorchFunctionMode):
         hidden, head = args[:2]
         device = hidden.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.dtype
+        labels = self.labels.to(device).view(hidden.shape[:-1])
         items = self.num_items.to(device) if isinstance(self.num_items, Tensor) else self.num_items
         return linear_cross_entropy(
-            hidden.to(dtype), head.to(dtype), self.labels.to(device).view(hidden.shape[:-1]), ignore_index=self.ignore_index,
+            hidden.to(dtype), head.to(dtype), labels, ignore_index=self.ignore_index,
             reduction="mean" if items is None else "num_items", num_items=items,
         )
 
@@ -216,11 +218,11 @@ def _default_attention(original: Callable, family: Family) -> Callable:
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    dropout: float = 0.0, **kwargs,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **kwargs,
 ) -> tuple[Tensor, None]:
-    """query [B, Hq, T, D], key and value [B, Hk, Tk, D]; ``attention_mask`` is what `attention_mask` below gives, and packed
-    documents may be named by ``cu_seq_lens_q`` as well. Returns (out [B, T, Hq, D], None).
+    """query [B, Hq, T, D], key and value [B, Hk, Tk, D]; ``attention_mask`` is what `attention_mask` below gives, and
+    packed documents may be named by ``cu_seq_lens_q`` as well. Returns (out [B, T, Hq, D], None).
 
     transformers' sdpa does what the op cannot: any other mask, dropout, attention that is not causal.
     """
@@ -237,7 +239,8 @@ def attention_forward(
         if packed:
             same = attention_mask.unsqueeze(2) == attention_mask.unsqueeze(1)
             attention_mask = (same & same.new_ones(T, T).tril()).unsqueeze(1)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        kwargs |= {"dropout": dropout, "scaling": scaling}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if packed and bounds is None:
         bounds = _bounds(attention_mask)
     if 1 < T < key.shape[2]:  # without a mask: the first tokens of a static cache, whose later rows are empty
@@ -293,7 +296,7 @@ PATCHES = (  # (op, class without the family's prefix, attribute, replacement, o
     ("experts", "Experts", "_apply_gate", _gate, BOTH),
     ("experts", "MLP", "forward", _mlp, BOTH),  # 4.57: every expert is one
     ("linear_cross_entropy", "ForCausalLM", "forward", _causal_lm, BOTH),
-    ("attention", "PreTrainedModel", "get_correct_attn_implementation", _default_attention, CLASS),  # else _use_attention
+    ("attention", "PreTrainedModel", "get_correct_attn_implementation", _default_attention, CLASS),  # or _use_attention
 )
 
 
@@ -341,11 +344,12 @@ def _is_silu(activation: Callable) -> bool:
 
 
 def _plain_head(model: nn.Module) -> bool:
-    """The head is one whole matrix: an ``nn.Linear``, or PEFT's trained copies of one; no LoRA, no quantisation, no shards."""
+    """The head is one whole matrix: an ``nn.Linear`` or PEFT's trained copy of one; not LoRA, quantised or sharded."""
     head = model.lm_head
     if type(head).__name__ == "ModulesToSaveWrapper":
         head = head.original_module
-    return type(head).forward is nn.Linear.forward and head.bias is None and getattr(model, "tp_size", None) in (None, 1)
+    whole = getattr(model, "tp_size", None) in (None, 1)
+    return whole and type(head).forward is nn.Linear.forward and head.bias is None
 
 
 # --- Apply, report, revert.
@@ -361,10 +365,12 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        def shown(name: str, n: int) -> str:
+            return f"{name}: {n} instance{'s' * (n != 1)}" if self.model else f"{name} (class)"
+
         lines = [f"{NAME} in {self.model or 'every model made from now on'} (transformers {self.version})"]
         for op, counts in self.patched.items():
-            shown = (f"{name}: {n} instance{'s' * (n != 1)}" if self.model else f"{name} (class)" for name, n in counts.items())
-            lines.append(f"  {op:<22}{', '.join(shown)}")
+            lines.append(f"  {op:<22}{', '.join(shown(*item) for item in counts.items())}")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
@@ -375,15 +381,15 @@ def apply(
     """Put the kernels into transformers' Qwen3 and Qwen3-MoE.
 
     Args:
-        model: patch the modules of this model, found by class whatever wraps them (PEFT, FSDP2, accelerate, compile). None
-            patches the classes, for models made later. To call it twice does no harm.
+        model: patch the modules of this model, found by class whatever wraps them (PEFT, FSDP2, accelerate's hooks).
+            None patches the classes, for models made later. To call it twice does no harm.
         rms_norm: the norms, those of q and k included, and the residual sum before the second norm of a layer.
         qk_norm_rope: norm and rotation of q and k in one pass, with float32 angles.
         swiglu: the MLPs.
-        linear_cross_entropy: head and loss in one, for training with labels: ``logits`` of the output is None then. A loss
-            of your own, label smoothing and evaluation keep the logits.
-        attention: the implementation "qwen3_kernels" of transformers' AttentionInterface: causal and packed batches; sdpa
-            for padding masks, sliding windows and dropout.
+        linear_cross_entropy: head and loss in one, for training with labels: ``logits`` of the output is None then. A
+            loss of your own, label smoothing and evaluation keep the logits.
+        attention: the implementation "qwen3_kernels" of transformers' AttentionInterface: causal and packed batches;
+            sdpa for padding masks, sliding windows and dropout.
         experts: the activation of the experts. Their matrix products stay transformers'.
 
     Raises:
@@ -406,7 +412,7 @@ def apply(
         raise ValueError(f"apply: nothing to patch for {', '.join(missing)} in {what}; pass "
                          f"{', '.join(f'{op}=False' for op in missing)} if that is right")
     if "experts" in patched:
-        notes.append("experts: their activation only (eager, batched_mm, grouped_mm); the matrix products are transformers'")
+        notes.append("experts: the activation (eager, batched_mm, grouped_mm); their matrix products are transformers'")
     if attention:
         _register_attention()
     for swap in swaps:
@@ -462,7 +468,8 @@ def _plan_instances(model: nn.Module, ops: list[str]) -> _Plan:
     rows, configs = list(_rows("instance")), {}
     swaps, counts, notes = [], {op: Counter() for op in OPS}, []
     for name, module in model.named_modules():
-        family = next((f for f in _families() if any(c.__module__ == f.module.__name__ for c in type(module).__mro__)), None)
+        homes = {cls.__module__ for cls in type(module).__mro__}
+        family = next((f for f in _families() if f.module.__name__ in homes), None)
         if family is None:
             continue
         if hasattr(module, "config"):
@@ -478,8 +485,8 @@ def _plan_instances(model: nn.Module, ops: list[str]) -> _Plan:
         for op, cls_name in found:
             counts[op][cls_name] += 1
         if "linear_cross_entropy" in ops and isinstance(module, family.cls("ForCausalLM")) and not _plain_head(module):
-            notes.append(f"{name or 'the model'}: lm_head is {type(module.lm_head).__name__}, not a whole matrix: its loss goes "
-                         "through the logits")
+            notes.append(f"{name or 'the model'}: lm_head is {type(module.lm_head).__name__}, not one whole matrix: "
+                         "the loss goes through the logits")
         if hasattr(module, "act_fn") and not _is_silu(module.act_fn) and {"swiglu", "experts"} & set(ops):
             notes.append(f"{name}: its activation is {type(module.act_fn).__name__}, not SiLU: left to transformers")
     if not configs:
@@ -492,8 +499,8 @@ def _plan_instances(model: nn.Module, ops: list[str]) -> _Plan:
 
 
 def _inherits(own: type, cls: type, attr: str) -> bool:
-    """Whether ``own`` has the attribute of ``cls``, as it is or in a wrapper (transformers' checkpointing wraps the forward of
-    every subclass, FSDP2's included). A subclass with a forward of its own is another model."""
+    """Whether ``own`` has the attribute of ``cls``, as it is or in a wrapper (transformers' checkpointing wraps the
+    forward of every subclass, FSDP2's included). A subclass with a forward of its own is another model."""
     wanted = getattr(cls, attr)
     return inspect.unwrap(getattr(own, attr), stop=lambda f: f is wanted) is wanted
 
@@ -507,7 +514,7 @@ def _slot(module: nn.Module, name: str, attr: str, *ours: Callable) -> str:
         code = getattr(inspect.unwrap(present, stop=lambda f: hasattr(f, "__code__")), "__code__", None)
         raise RuntimeError(
             f"apply: {attr} of {name or 'the model'} ({type(module).__name__}) was replaced by code in "
-            f"{code.co_filename if code else type(present).__name__}; call apply before that happens, or leave its op out"
+            f"{code.co_filename if code else type(present).__name__}; call apply before that, or leave its op out"
         )
     return slot
 
@@ -528,7 +535,8 @@ def _swap(owner: object, name: str, new: Callable) -> None:
         if _function(vars(owner).get(slot)) is not new:
             slot = "_old_forward"  # accelerate's hooks came after
             if _function(vars(owner).get(slot)) is not new:
-                warnings.warn(f"revert: {name} of {type(owner).__name__} was wrapped after apply and stays", stacklevel=3)
+                what = f"{name} of {type(owner).__name__}"
+                warnings.warn(f"revert: {what} was wrapped after apply and stays", stacklevel=3)
                 return
             setattr(owner, slot, getattr(type(owner), name).__get__(owner) if old is _ABSENT else old)
         elif old is _ABSENT:
@@ -551,9 +559,9 @@ def _register_attention() -> None:
         table = interface._global_mapping
         if table.get(NAME) is function:
             continue
-        old = table.get(NAME, _ABSENT)
+        before = {NAME: table[NAME]} if NAME in table else None
         interface.register(NAME, function)
-        _undo.append(functools.partial(table.pop, NAME) if old is _ABSENT else functools.partial(table.update, {NAME: old}))
+        _undo.append(functools.partial(table.update, before) if before else functools.partial(table.pop, NAME))
 
 
 def _use_attention(config: object) -> None:

@@ -20,8 +20,8 @@ def sharded(kind: str, patch_first: bool):
     fully_shard([model.model.norm, model.lm_head])  # a group of their own: the head is gathered by its own call
     fully_shard(model)
     if not patch_first:
-        report = apply(model)
-        assert report.patched["rms_norm"][type(model).__name__.removeprefix("FSDP").replace("ForCausalLM", "DecoderLayer")] == 2
+        layer = type(model).__name__.removeprefix("FSDP").replace("ForCausalLM", "DecoderLayer")
+        assert apply(model).patched["rms_norm"][layer] == 2
     return model
 
 

@@ -1,4 +1,4 @@
-"""The drop-in for transformers: the same losses, logits and gradients as the unpatched model, and nothing left behind."""
+"""The drop-in for transformers: losses, logits and gradients of the unpatched model, and nothing left behind."""
 
 import copy
 import functools
@@ -108,11 +108,12 @@ def test_yarn_and_far_positions_keep_float32_angles(kind):
     model = make(kind, torch.bfloat16, **changes, **exact_routing(kind, torch.bfloat16))
     inputs = batch() | {"position_ids": torch.arange(21)[None] + torch.tensor([[100], [3000]])}
     truth, plain = step(wide(model), inputs), step(model, inputs)
-    cos, sin = model.model.rotary_emb(torch.empty(0, dtype=torch.float64), inputs["position_ids"])
+    rotary = model.model.rotary_emb
+    wanted = rotary(torch.empty(0, dtype=torch.float64), inputs["position_ids"])
     apply(model)
     check_error_rule(step(model, inputs), plain, truth)
-    for got, wanted in zip(model.model.rotary_emb(torch.empty(0, dtype=torch.bfloat16), inputs["position_ids"]), (cos, sin)):
-        assert got.dtype == torch.float32 and torch.equal(got.double(), wanted[..., :8])
+    for a, b in zip(rotary(torch.empty(0, dtype=torch.bfloat16), inputs["position_ids"]), wanted):
+        assert a.dtype == torch.float32 and torch.equal(a.double(), b[..., :8])
 
 
 @parametrize_kind
@@ -125,7 +126,8 @@ def test_autocast(kind, calls):
         got = step(model, inputs)
     check_error_rule(got, plain, truth, torch.bfloat16)
     assert got["lm_head.weight"].dtype == torch.float32
-    assert all(calls[op][0]["dtype"] == torch.bfloat16 for op in ("linear_cross_entropy", "qk_norm_rope", "attention_op"))
+    for op in ("linear_cross_entropy", "qk_norm_rope", "attention_op"):
+        assert calls[op][0]["dtype"] == torch.bfloat16, op
 
 
 # --- The loss without logits.
@@ -278,7 +280,7 @@ def test_loud_failures():
     model = make()
     foreign = model.model.layers[1].mlp
     foreign.forward = lambda x: x
-    with pytest.raises(RuntimeError, match=r"model.layers.1.mlp \(Qwen3MLP\) was replaced by code in .*test_transformers.py"):
+    with pytest.raises(RuntimeError, match=r"layers.1.mlp \(Qwen3MLP\) was replaced by code in .*test_transformers.py"):
         apply(model)
     assert "forward" not in vars(model.model.layers[0].mlp), "nothing may be patched by an apply that fails"
     assert apply(model, swiglu=False)
@@ -438,7 +440,8 @@ def test_packed_documents_do_not_see_each_other(kind, how, calls):
     truth, plain = step(wide(model), packed), step(model, packed)
     apply(model)
     check_error_rule(step(model, packed), plain, truth)
-    assert all(torch.equal(c["cu_seqlens"], CU_SEQLENS) for c in calls["attention_op"]) and len(calls["attention_op"]) == 2
+    assert len(calls["attention_op"]) == 2
+    assert all(torch.equal(call["cu_seqlens"], CU_SEQLENS) for call in calls["attention_op"])
     alone = [logits(model, {"input_ids": inputs["input_ids"][:, a:b]}) for a, b in zip(CU_SEQLENS, CU_SEQLENS[1:])]
     together = logits(model, {k: v for k, v in packed.items() if k != "labels"})
     torch.testing.assert_close(together, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)

@@ -37,7 +37,8 @@ def tokenizer():
 
 def texts(n: int = 16) -> list[str]:
     generator = torch.Generator().manual_seed(2)
-    return [" ".join(f"w{i}" for i in torch.randint(0, 125, (4 + k % 9,), generator=generator).tolist()) for k in range(n)]
+    words = [torch.randint(0, 125, (4 + k % 9,), generator=generator).tolist() for k in range(n)]
+    return [" ".join(f"w{i}" for i in row) for row in words]
 
 
 def history(trainer, *keys: str) -> list[list[float]]:
@@ -143,7 +144,9 @@ def test_sft_lora(counted, tmp_path):
         torch.manual_seed(0)
         args = trl.SFTConfig(output_dir=str(tmp_path), max_length=24, bf16=False, **COMMON)
         lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "down_proj"])
-        trainer = trl.SFTTrainer(model=build(), args=args, train_dataset=data, processing_class=tokenizer(), peft_config=lora)
+        trainer = trl.SFTTrainer(
+            model=build(), args=args, train_dataset=data, processing_class=tokenizer(), peft_config=lora
+        )
         return history(trainer, "loss", "grad_norm")
 
     check_same(run, counted, "qk_norm_rope")
@@ -157,7 +160,8 @@ def test_grpo(counted, tmp_path):
         return [float(sum(map(ord, text)) % 7) for text in completions]
 
     def run(build):
-        args = trl.GRPOConfig(output_dir=str(tmp_path), num_generations=2, max_completion_length=6, bf16=False, **COMMON)
+        sizes = dict(num_generations=2, max_completion_length=6)
+        args = trl.GRPOConfig(output_dir=str(tmp_path), bf16=False, **sizes, **COMMON)
         trainer = trl.GRPOTrainer(model=build(), args=args, train_dataset=data, processing_class=tokenizer(),
                                   reward_funcs=reward)
         return history(trainer, "grad_norm", "loss", "reward", "entropy")

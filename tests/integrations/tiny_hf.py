@@ -13,8 +13,8 @@ from qwen3_kernels.selfcheck import LIMIT, error_ratio
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 SIZES = dict(
-    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, max_position_embeddings=256, initializer_range=0.15, use_cache=False,
+    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=256, initializer_range=0.15, use_cache=False,
 )
 EXPERTS = dict(
     num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, output_router_logits=True, router_aux_loss_coef=0.1,
@@ -77,8 +77,8 @@ def losses(model: torch.nn.Module, inputs: dict) -> Tensor:
 
 
 def check_error_rule(got: dict, plain: dict, truth: dict, dtype: torch.dtype | None = None) -> None:
-    """Error at most twice the unpatched model's, for every gradient, and for the one loss where that error counts as at least
-    a unit in the last place of the dtype the model computes in; truth is fp64."""
+    """Error at most twice the unpatched model's, for every gradient; and for the one loss, where that error counts as
+    at least a unit in the last place of the dtype the model computes in. Truth is fp64."""
     assert got.keys() == plain.keys() == truth.keys()
     if "loss" in plain:
         lowest = dtype or max((t.dtype for t in plain.values()), key=lambda d: torch.finfo(d).eps)
