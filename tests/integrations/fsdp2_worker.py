@@ -17,7 +17,7 @@ def sharded(kind: str, patch_first: bool):
         apply(model)
     for layer in model.model.layers:
         fully_shard(layer)
-    fully_shard([model.model.norm, model.lm_head])  # a group of their own: the head is gathered by its own call
+    fully_shard(model.lm_head)  # a group of its own: the weight is whole within its own call alone
     fully_shard(model)
     if not patch_first:
         layer = type(model).__name__.removeprefix("FSDP").replace("ForCausalLM", "DecoderLayer")
