@@ -3,8 +3,8 @@
 The loop knows batches and a loss, no algorithm. A run is a function of its config, data and seed: killed at any moment
 and started again, it gives the same weights, bit for bit, on the same machine with the same number of threads.
 
-Precision: "float32", or "bfloat16" for weights and activations with float32 master weights, optimizer state and
-gradient sums (see ``optim.AdamW``); no autocast.
+Precision: "float32", or "bfloat16" for weights and activations, by default with float32 master weights, optimizer state
+and gradient sums (see ``optim.Optimizer``); no autocast. Logits are never held as a whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3_kernels import cross_entropy
+from qwen3_kernels import linear_cross_entropy
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
 
@@ -32,7 +32,7 @@ from .config import DTYPES, FREE, Config, to_json
 from .data.packing import IGNORE, Batch, PackedLoader, evaluation_batches
 from .data.shards import TokenShards
 from .log import Log
-from .optim import AdamW
+from .optim import Optimizer
 
 LossFn = Callable[[Qwen3, Batch], Tensor]
 """Sum of the loss over a batch's kept labels; the trainer divides by their number over all micro-steps."""
@@ -40,12 +40,14 @@ LossFn = Callable[[Qwen3, Batch], Tensor]
 
 def next_token_loss(model: Qwen3, batch: Batch, z_loss: float = 0.0) -> Tensor:
     """Sum of the negative log-likelihoods of the kept labels, in nats, float32."""
-    logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens)
-    return cross_entropy(logits, batch.labels, ignore_index=IGNORE, reduction="sum", z_loss=z_loss)
+    hidden = model(batch.tokens, cu_seqlens=batch.cu_seqlens, return_hidden=True)
+    return linear_cross_entropy(
+        hidden, model.head_weight, batch.labels, ignore_index=IGNORE, reduction="sum", z_loss=z_loss
+    )
 
 
 def train_step(
-    model: Qwen3, optimizer: AdamW, batches: Sequence[Batch], loss_fn: LossFn, *, lr: float, max_grad_norm: float
+    model: Qwen3, optimizer: Optimizer, batches: Sequence[Batch], loss_fn: LossFn, *, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor, int]:
     """One update from the micro-steps' ``batches``. Returns mean loss per kept label and gradient norm before clipping,
     both still on the device, and the number of kept labels."""
@@ -143,14 +145,18 @@ def train(
     return final
 
 
-def set_up(config: Config, model_config: Qwen3Config, resumed: checkpoint.Checkpoint | None) -> tuple[Qwen3, AdamW]:
+def set_up(config: Config, model_config: Qwen3Config, resumed: checkpoint.Checkpoint | None) -> tuple[Qwen3, Optimizer]:
     """Model, optimizer and torch's random generators at the start of a run, or as a checkpoint left them."""
     torch.manual_seed(config.seed)
     if resumed is None:
         model = Qwen3(model_config).init_weights(config.seed).to(config.device, DTYPES[config.dtype])
     else:
         model = resumed.load_model(config.device)
-    optimizer = AdamW(model.train(), betas=config.betas, weight_decay=config.weight_decay)
+    model.recompute = config.recompute
+    optimizer = Optimizer(
+        model.train(), kind=config.optimizer, states=config.optimizer_states, betas=config.betas,
+        weight_decay=config.weight_decay, seed=config.seed,
+    )
     if resumed is not None:
         resumed.restore(optimizer)
     return model, optimizer
