@@ -1,8 +1,8 @@
 """What a layer keeps for its backward, as a dial.
 
 none           every tensor that autograd saves
-norm+swiglu    the outputs of matrix products and of attention. What the norms (of q and k: norm and RoPE) and SwiGLU made
-               of them is computed again, which moves bytes but multiplies no matrices.
+norm+swiglu    the outputs of matrix products and of attention. What the norms (of q and k: norm and RoPE) and SwiGLU
+               made of them is computed again, which moves bytes but multiplies no matrices.
 full           the layer's inputs; the whole layer is computed again
 
 All give the same gradients, bit for bit. Under torch.compile, which weighs this itself, "norm+swiglu" is "none".
@@ -25,21 +25,23 @@ import qwen3_kernels as kernels
 POLICIES = ("none", "norm+swiglu", "full")
 
 
-def run(policy: str, layer: nn.Module, *args: Any) -> Any:
-    """``layer(*args)``, keeping for the backward what ``policy`` says. Raises ValueError for an unknown policy."""
+def run(policy: str, layer: nn.Module, x: Tensor, *args: Any) -> Any:
+    """``layer(x, *args)``, keeping for the backward what ``policy`` says. Raises ValueError for an unknown policy."""
     if policy not in POLICIES:
         raise ValueError(f"recompute is {policy!r}; expected one of {POLICIES}")
     if policy == "none" or not torch.is_grad_enabled():
-        return layer(*args)
+        return layer(x, *args)
+    for op in kernels.dispatch.OPS:  # self-checks happen now: checkpoint would take their tensors for the layer's
+        kernels.dispatch.resolve(op, x.device.type, x.dtype)
     if policy == "full":  # no layer draws random numbers
-        return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(layer, x, *args, use_reentrant=False, preserve_rng_state=False)
     if torch.compiler.is_compiling():
-        return layer(*args)
+        return layer(x, *args)
     with _Recipes():
-        return layer(*args)
+        return layer(x, *args)
 
 
-# ---- the cheap ops, as the model calls them: each leaves the recipe of its output --------------------------------------
+# ---- the cheap ops, as the model calls them: each leaves the recipe of its output ------------------------------------
 
 
 def rms_norm(
@@ -63,7 +65,7 @@ def qk_norm_rope(*args: Any, exact: bool = False) -> tuple[Tensor, Tensor]:
     return out
 
 
-# ---- recipes in place of tensors ---------------------------------------------------------------------------------------
+# ---- recipes in place of tensors -------------------------------------------------------------------------------------
 
 _local = threading.local()
 

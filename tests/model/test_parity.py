@@ -1,5 +1,6 @@
 """The model against transformers' and against itself: packed, cached, recomputed and compiled."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -289,6 +290,36 @@ def test_norms_and_swiglu_are_made_once_more_and_matrix_products_are_not(config,
     monkeypatch.setattr(F, "linear", None)
     gradients(model, value)
     assert counts == forwards | {"rms_norm": forwards["rms_norm"] - 1}, "but for the final norm"
+
+
+def test_recomputed_tensors_are_let_go_and_can_be_made_twice(monkeypatch):
+    model, tokens = ours(BASE), some_tokens(BASE, 2, 13)
+    model.recompute = "norm+swiglu"
+    made, real = [], recompute.kernels.swiglu
+    monkeypatch.setattr(recompute.kernels, "swiglu", lambda *a, **kw: made.append(real(*a, **kw)) or made[-1])
+    value = loss(model(tokens), tokens)
+    parameters = list(model.parameters())
+    for n in (2, 3):
+        made[:] = [weakref.ref(t) if isinstance(t, torch.Tensor) else t for t in made]
+        first = torch.autograd.grad(value, parameters, retain_graph=True)
+        assert len(made) == n * BASE.num_hidden_layers
+    made[:] = [weakref.ref(t) if isinstance(t, torch.Tensor) else t for t in made]
+    assert all(t() is None for t in made)
+    model.recompute = "none"
+    want = torch.autograd.grad(loss(model(tokens), tokens), parameters)
+    assert all(torch.equal(a, b) for a, b in zip(first, want))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("policy", ["norm+swiglu", "full"])
+def test_recomputation_in_the_first_forward_of_a_process(policy):
+    """The kernels' self-checks, with backwards of their own, are not mixed up with the layer."""
+    model, tokens = ours(BASE), some_tokens(BASE, 2, 13)
+    want = gradients(model, loss(model(tokens), tokens))
+    model.recompute = policy
+    dispatch.reset()
+    got = gradients(model, loss(model(tokens), tokens))
+    assert all(torch.equal(got[n], want[n]) for n in want)
 
 
 def test_unknown_policy():
