@@ -69,8 +69,8 @@ class Config:
         _require(0 <= self.decay <= 1, "decay", self.decay, "a share in [0, 1]")
         _require(self.rows % self.micros == 0, "rows", self.rows, f"a multiple of micros = {self.micros}")
         for name, known in (
-            ("schedule", SCHEDULES), ("dtype", ("auto", *DTYPES)), ("optimizer", OPTIMIZERS), ("optimizer_states", STATES),
-            ("recompute", POLICIES),
+            ("schedule", SCHEDULES), ("dtype", ("auto", *DTYPES)), ("optimizer", OPTIMIZERS),
+            ("optimizer_states", STATES), ("recompute", POLICIES),
         ):
             _require(getattr(self, name) in known, name, repr(getattr(self, name)), f"one of {known}")
         self.lr_at(0)

@@ -1,8 +1,9 @@
 """AdamW and Muon, learning-rate schedules as pure functions of the step, clipping without host sync.
 
-Sources: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101); Muon, Jordan et al. 2024 (kellerjordan.github.io/posts/muon),
-its step scaled to AdamW's as in Liu et al. 2025 (arXiv 2502.16982, section 2.2); warm-up, stable, decay: Hu et al. 2024
-(arXiv 2404.06395), with the 1 - sqrt decay of Hägele et al. 2024 (arXiv 2405.18392).
+Sources: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101); Muon, Jordan et al. 2024
+(kellerjordan.github.io/posts/muon), its step scaled to AdamW's as in Liu et al. 2025 (arXiv 2502.16982, section 2.2);
+warm-up, stable, decay: Hu et al. 2024 (arXiv 2404.06395), with the 1 - sqrt decay of Hägele et al. 2024 (arXiv
+2405.18392).
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ class Optimizer:
     """
 
     def __init__(
-        self, model: nn.Module, *, kind: str = "adamw", states: str = "float32", betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8, weight_decay: float = 0.1, seed: int = 0,
+        self, model: nn.Module, *, kind: str = "adamw", states: str = "float32",
+        betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1, seed: int = 0,
     ):
         for name, value, known in (("kind", kind, OPTIMIZERS), ("states", states, STATES)):
             if value not in known:
@@ -174,8 +175,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> Tensor:
-        """Clips, updates and drops the gradients; parameters without one are left alone. Returns the gradient norm before
-        clipping, on the device."""
+        """Clips, updates and drops the gradients; parameters without one are left alone. Returns the gradient norm
+        before clipping, on the device."""
         live = {n: w for n, w in self._weights.items() if w.grad is not None}
         norm = clip_grad_norm_((w.grad for w in live.values()), max_norm)
         self._step += 1
@@ -223,8 +224,8 @@ class Optimizer:
         return iter(matrices.split(max(1, PIECE // matrices[0].numel())))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """{"step", per parameter "exp_avg.NAME" and "exp_avg_sq.NAME" or (Muon) "momentum.NAME", and "master.NAME" where
-        there is one}."""
+        """{"step", per parameter "exp_avg.NAME" and "exp_avg_sq.NAME" or (Muon) "momentum.NAME", and "master.NAME"
+        where there is one}."""
         state = {f"{key}.{n}": t for n, moments in self._moments.items() for key, t in moments.items()}
         state |= {f"master.{n}": w for n, w in self._weights.items() if w is not self._params[n]}
         return state | {"step": torch.tensor(self._step)}
@@ -237,8 +238,8 @@ class Optimizer:
         if wrong := sorted(k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k)):
             k = wrong[0]
             raise ValueError(
-                f"optimizer state does not fit the model in {len(wrong)} tensors; first: {k} is {got.get(k, 'missing')}; "
-                f"expected {wanted.get(k, 'none')}"
+                f"optimizer state does not fit the model in {len(wrong)} tensors; first: {k} is "
+                f"{got.get(k, 'missing')}; expected {wanted.get(k, 'none')}"
             )
         for key, t in own.items():
             t.copy_(state[key])

@@ -16,7 +16,7 @@ VOCAB, END = 64, 63
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """These models are too small to share; on a busy machine, threads that wait for each other cost ten times the work."""
+    """The models here are tiny: more threads would only wait for each other, long when the machine is busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
