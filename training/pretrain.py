@@ -27,7 +27,7 @@ from qwen3_kernels import linear_cross_entropy
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
 
-from . import checkpoint, environment
+from . import checkpoint, environment, memory
 from .config import DTYPES, FREE, Config, to_json
 from .data.packing import IGNORE, Batch, PackedLoader, evaluation_batches
 from .data.shards import TokenShards
@@ -85,17 +85,20 @@ def train(
         model_config: the architecture, instead of ``config.model``. loss_fn: default ``next_token_loss``.
 
     Raises:
-        ValueError: settings, data, tokenizer or an earlier run in ``out`` do not fit together.
+        ValueError: settings, data, tokenizer or an earlier run in ``out`` do not fit together, or a step not in memory.
         FloatingPointError: loss or gradient norm is not finite; the message names the step. Nothing is saved from it.
         BlockingIOError: another process trains in ``out``.
     """
     config = config.resolved()
-    loss_fn = loss_fn or partial(next_token_loss, z_loss=config.z_loss)
     data = TokenShards(config.data)
     loader = PackedLoader(data, seq_len=config.seq_len, rows=config.rows, seed=config.seed)
     eval_data = TokenShards(config.eval_data) if config.eval_data else None
     model_config = model_config or named_model(config.model)
     check_vocabulary(config, data, eval_data, model_config)
+    if loss_fn is None:
+        loss_fn = partial(next_token_loss, z_loss=config.z_loss)
+        if config.device.startswith("cuda"):  # what another loss takes is not known
+            memory.check(config, model_config, torch.cuda.get_device_properties(config.device).total_memory)
     run = {"config": to_json(config), "model": model_config.to_dict(), "data": to_json(data.index)}
 
     with locked(config.out):
