@@ -12,15 +12,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from qwen3_kernels import attention, qk_norm_rope, rms_norm, swiglu
+from qwen3_kernels import attention
 
-from . import exact, rope
+from . import exact, recompute, rope
 from .cache import KVCache
 from .config import Qwen3Config
 from .inputs import Step, prepare
 from .moe import MoE
+from .recompute import qk_norm_rope, rms_norm, swiglu
 
 
 class Norm(nn.Module):
@@ -99,12 +99,12 @@ class Decoder(nn.Module):
 
 class Qwen3(nn.Module):
     """A Qwen3 language model. Weights are uninitialised until `init_weights` or `load.load`; a tied model has no
-    `lm_head`. Set `checkpoint_layers = True` to recompute each layer in the backward instead of keeping activations.
+    `lm_head`. Set `recompute` to one of `recompute.POLICIES` to keep less of each layer for the backward.
     """
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.config, self.checkpoint_layers = config, False
+        self.config, self.recompute = config, "none"
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         inv_freq, self.rope_factor = rope.inv_freq(config)
@@ -133,10 +133,7 @@ class Qwen3(nn.Module):
         step = prepare(self.config, tokens, positions, cu_seqlens, cache, self.inv_freq, self.rope_factor)
         x_TD, residual_TD, router_logits = self.model.embed_tokens(tokens), None, []
         for layer in self.model.layers:
-            if self.checkpoint_layers and torch.is_grad_enabled():
-                x_TD, residual_TD, logits = checkpoint(layer, x_TD, residual_TD, step, use_reentrant=False)
-            else:
-                x_TD, residual_TD, logits = layer(x_TD, residual_TD, step)
+            x_TD, residual_TD, logits = recompute.run(self.recompute, layer, x_TD, residual_TD, step)
             router_logits += [] if logits is None else [logits]
         x_TD, _ = self.model.norm(x_TD, residual_TD)
         out = x_TD if return_hidden else self.head(x_TD)

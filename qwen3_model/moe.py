@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3_kernels import swiglu
-
 from .config import Qwen3Config
+from .recompute import swiglu
 
 # Shape suffixes: N tokens, D model width, E experts, K experts per token, F expert width.
 

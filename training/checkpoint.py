@@ -23,7 +23,7 @@ from torch import Tensor
 from qwen3_model import load as model_io
 from qwen3_model.model import Qwen3
 
-from .optim import AdamW
+from .optim import Optimizer
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -40,7 +40,7 @@ class Checkpoint:
         """The model in the dtype it was saved in."""
         return model_io.load(self.path, device=device)
 
-    def restore(self, optimizer: AdamW) -> None:
+    def restore(self, optimizer: Optimizer) -> None:
         """Puts the optimizer and the random generators where they were. Raises ValueError for a state that does not
         fit the model or is damaged."""
         try:
@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 def save(
-    folder: Path, step: int, model: Qwen3, optimizer: AdamW, fields: dict[str, Any], *, keep: int = 2,
+    folder: Path, step: int, model: Qwen3, optimizer: Optimizer, fields: dict[str, Any], *, keep: int = 2,
     extra_files: tuple[Path, ...] = (),
 ) -> Path:
     """Writes the checkpoint of ``step`` (steps done) and deletes all but the newest ``keep``. ``extra_files`` (a

@@ -10,12 +10,15 @@ from typing import Any, Literal
 
 import torch
 
-from .optim import SCHEDULES, lr_scale
+from qwen3_model.recompute import POLICIES
+
+from .optim import OPTIMIZERS, SCHEDULES, STATES, lr_scale
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What may differ between a run and its resumption: none of it touches the weights.
 FREE = frozenset({
     "out", "data", "eval_data", "tokenizer", "eval_every", "eval_batches", "log_every", "save_every", "keep", "tensorboard",
+    "recompute",
 })
 
 
@@ -37,6 +40,9 @@ class Config:
     warmup: int = 50  # steps
     decay: float = 0.3  # share of the steps in which "wsd" decays
     lr_floor: float = 0.0  # final learning rate as a share of lr
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, adamw for the rest
+    # float32: master weights and moments; float32-moments: no masters; bfloat16: moments, too (see optim.Optimizer)
+    optimizer_states: Literal["float32", "float32-moments", "bfloat16"] = "float32"
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
@@ -44,6 +50,7 @@ class Config:
     seed: int = 0
     device: str = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA and on CPUs with AMX
+    recompute: Literal["none", "norm+swiglu", "full"] = "none"  # instead of keeping for the backward; no bit changes
     eval_every: int = 200
     eval_batches: int = 0  # batches of an evaluation before the last one; 0: all
     log_every: int = 10
@@ -61,8 +68,11 @@ class Config:
         _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
         _require(0 <= self.decay <= 1, "decay", self.decay, "a share in [0, 1]")
         _require(self.rows % self.micros == 0, "rows", self.rows, f"a multiple of micros = {self.micros}")
-        _require(self.schedule in SCHEDULES, "schedule", repr(self.schedule), f"one of {SCHEDULES}")
-        _require(self.dtype in ("auto", *DTYPES), "dtype", repr(self.dtype), f"one of {('auto', *DTYPES)}")
+        for name, known in (
+            ("schedule", SCHEDULES), ("dtype", ("auto", *DTYPES)), ("optimizer", OPTIMIZERS),
+            ("optimizer_states", STATES), ("recompute", POLICIES),
+        ):
+            _require(getattr(self, name) in known, name, repr(getattr(self, name)), f"one of {known}")
         self.lr_at(0)
 
     def lr_at(self, step: int) -> float:

@@ -1,18 +1,25 @@
-"""AdamW with float32 master weights, learning-rate schedules as pure functions of the step, clipping without host sync.
+"""AdamW and Muon, learning-rate schedules as pure functions of the step, clipping without host sync.
 
-Sources: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101); warm-up, stable, decay: Hu et al. 2024 (arXiv 2404.06395),
-with the 1 - sqrt decay of Hägele et al. 2024 (arXiv 2405.18392).
+Sources: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101); Muon, Jordan et al. 2024
+(kellerjordan.github.io/posts/muon), its step scaled to AdamW's as in Liu et al. 2025 (arXiv 2502.16982, section 2.2);
+warm-up, stable, decay: Hu et al. 2024 (arXiv 2404.06395), with the 1 - sqrt decay of Hägele et al. 2024 (arXiv
+2405.18392).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 SCHEDULES = ("wsd", "cosine")
+OPTIMIZERS = ("adamw", "muon")
+STATES = ("float32", "float32-moments", "bfloat16")
+PIECE = 1 << 22  # elements that are in float32 at a time where the state is not
 
 
 def lr_scale(
@@ -52,32 +59,111 @@ def clip_grad_norm_(grads: Iterable[Tensor], max_norm: float) -> Tensor:
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; expected above 0 (inf: no clipping)")
     grads = list(grads)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
     torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-class AdamW:
-    """``torch.optim.AdamW`` over a model's parameters; weight decay on matrices only, not on norm weights.
+@torch.no_grad()
+def round_stochastic_(out: Tensor, x: Tensor, generator: torch.Generator) -> None:
+    """Writes float32 ``x`` to bfloat16 ``out``: each element to one of its two neighbours, with probabilities that make
+    the mean ``x``. What is not finite stays as it is."""
+    # A bfloat16 is the upper half of a float32; a random lower half carries into it as often as x's own is large.
+    bits = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    bits.add_(x.view(torch.int32)).bitwise_and_(-(1 << 16))
+    out.copy_(torch.where(x.isfinite(), bits.view(torch.float32), x))
 
-    For parameters that are not float32 it keeps float32 master weights and sums the gradients of micro-steps in
-    float32; the parameters are roundings of the masters. State is addressed by parameter name.
+
+@torch.no_grad()
+def adamw_(
+    weights: list[Tensor], grads: list[Tensor], moments: list[Tensor], squares: list[Tensor], *, step: int, lr: float,
+    betas: tuple[float, float], eps: float, weight_decay: float,
+) -> None:
+    """torch's AdamW step, fused (one pass over memory) where torch can. All float32; ``step`` counts from 1."""
+    if not weights:
+        return
+    device = weights[0].device
+    steps = list(torch.full((len(weights),), step - 1.0, device=device).unbind())  # torch adds the 1
+    adamw(
+        weights, grads, moments, squares, [], steps, fused=device.type in ("cpu", "cuda") or None, amsgrad=False,
+        beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
+    )
+
+
+def orthogonalised(x_BMN: Tensor, steps: int = 5) -> Tensor:
+    """About U V^T of each matrix U S V^T: five steps of a quintic Newton-Schulz iteration in bfloat16, which take the
+    singular values to somewhere near 1 (0.7 to 1.2)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x_BMN.shape[-2] > x_BMN.shape[-1]
+    x = x_BMN.mT if tall else x_BMN  # the Gram matrix is of the shorter side
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).bfloat16()
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+@torch.no_grad()
+def muon_(
+    weight_BMN: Tensor, grad_BMN: Tensor, momentum_BMN: Tensor, *, lr: float, weight_decay: float, beta: float = 0.95
+) -> None:
+    """A Muon step with Nesterov momentum for a batch of matrices, all float32. The update's root mean square is about
+    0.2, AdamW's, so both take the same learning rate and weight decay."""
+    momentum_BMN.lerp_(grad_BMN, 1 - beta)
+    update = orthogonalised(grad_BMN.lerp(momentum_BMN, beta))
+    weight_BMN.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * 0.2 * math.sqrt(max(weight_BMN.shape[-2:])))
+
+
+class Optimizer:
+    """AdamW, or Muon for the matrices in the layers and AdamW for the rest. Weight decay is for matrices only.
+
+    torch.optim.Muon takes no batches of matrices, such as experts are; hence a Muon of our own.
+
+    Args:
+        model: Muon takes its parameters of two or more dimensions below ``layers``: not the embedding, nor the head.
+        kind: "adamw" or "muon".
+        states: what is kept per parameter, for bfloat16 parameters in bytes beside weight and gradient (Muon: without
+            the 4 or 2 of the second moment):
+            "float32": master weights, moments and the sum of the gradients in float32, the parameters being roundings
+            of the masters (4 + 8, and the gradient takes 4 instead of 2);
+            "float32-moments": no masters; the weights are rounded stochastically, so that small updates add up (8);
+            "bfloat16": moments in bfloat16, too, also rounded stochastically (4).
+            Without masters the gradients of micro-steps are summed in the parameters' dtype.
+        seed: of the stochastic rounding, which is a function of seed, step and parameter name (per type of device).
+
+    State is addressed by parameter name. A step reads nothing from the device.
+
+    Raises:
+        ValueError: unknown options, dtypes other than float32 and bfloat16, or nothing for Muon to do.
     """
 
     def __init__(
-        self, model: nn.Module, *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1
+        self, model: nn.Module, *, kind: str = "adamw", states: str = "float32",
+        betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1, seed: int = 0,
     ):
-        self._params = dict(model.named_parameters())
-        self._masters = {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in self._params.items()}
-        for name, p in self._params.items():
-            if self._masters[name] is not p:
-                p.register_post_accumulate_grad_hook(self._move_grad(self._masters[name]))
-        matrices = [m for m in self._masters.values() if m.dim() >= 2]
-        others = [m for m in self._masters.values() if m.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        # Fused is one pass over memory, on CPU as on CUDA; elsewhere torch picks its own default.
-        fused = all(m.device.type in ("cpu", "cuda") for m in self._masters.values()) or None
-        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, fused=fused)
+        for name, value, known in (("kind", kind, OPTIMIZERS), ("states", states, STATES)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {known}")
+        self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if wrong := [n for n, p in self._params.items() if p.dtype not in (torch.float32, torch.bfloat16)]:
+            raise ValueError(f"{wrong[0]} is {self._params[wrong[0]].dtype}; expected torch.float32 or torch.bfloat16")
+        self._weights = dict(self._params)  # what is updated: the parameters or their masters
+        if states == "float32":
+            for name, p in self._params.items():
+                if p.dtype != torch.float32:
+                    self._weights[name] = p.detach().float()
+                    p.register_post_accumulate_grad_hook(self._move_grad(self._weights[name]))
+        self._muon = {n for n in self._params if kind == "muon" and is_matrix_of_a_layer(n, self._params[n])}
+        if kind == "muon" and not self._muon:
+            raise ValueError("kind is 'muon', but no parameter is a matrix below 'layers'")
+        dtype = torch.bfloat16 if states == "bfloat16" else torch.float32
+        self._moments = {
+            n: {key: torch.zeros_like(w, dtype=dtype, requires_grad=False) for key in
+                (("momentum",) if n in self._muon else ("exp_avg", "exp_avg_sq"))} for n, w in self._weights.items()
+        }
+        self._step, self._seed = 0, seed
+        self._options, self._weight_decay = {"betas": betas, "eps": eps}, weight_decay
+        self._generators = {p.device: torch.Generator(p.device) for p in self._params.values()}
 
     @staticmethod
     def _move_grad(master: Tensor):
@@ -87,48 +173,81 @@ class AdamW:
 
         return hook
 
+    @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> Tensor:
-        """Clips, updates, rounds the masters into the parameters and drops the gradients. Returns the gradient norm
+        """Clips, updates and drops the gradients; parameters without one are left alone. Returns the gradient norm
         before clipping, on the device."""
-        norm = clip_grad_norm_((m.grad for m in self._masters.values() if m.grad is not None), max_norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, p in self._params.items():
-                if self._masters[name] is not p:
-                    p.copy_(self._masters[name])
+        live = {n: w for n, w in self._weights.items() if w.grad is not None}
+        norm = clip_grad_norm_((w.grad for w in live.values()), max_norm)
+        self._step += 1
+        for decay in dict.fromkeys((self._weight_decay, 0.0)):  # all that is float32 in one go
+            names = [n for n in live if self._decay(n) == decay and not (n in self._muon or self._in_pieces(n))]
+            adamw_(
+                [live[n] for n in names], [live[n].grad for n in names],
+                *([self._moments[n][key] for n in names] for key in ("exp_avg", "exp_avg_sq")),
+                step=self._step, lr=lr, weight_decay=decay, **self._options,
+            )
+        for name in live:
+            if name in self._muon or self._in_pieces(name):
+                self._step_in_pieces(name, lr)
+        for name, w in live.items():
+            w.grad = None
+            if w is not self._params[name]:
+                self._params[name].copy_(w)
         return norm
 
+    def _decay(self, name: str) -> float:
+        return self._weight_decay if self._params[name].dim() >= 2 else 0.0
+
+    def _in_pieces(self, name: str) -> bool:
+        return any(t.dtype != torch.float32 for t in (self._weights[name], *self._moments[name].values()))
+
+    def _step_in_pieces(self, name: str, lr: float) -> None:
+        weight, options = self._weights[name], {"lr": lr, "weight_decay": self._decay(name)}
+        generator = self._generators[weight.device]
+        generator.manual_seed(int.from_bytes(hashlib.sha256(f"{self._seed} {self._step} {name}".encode()).digest()[:8]))
+        for grad, *kept in zip(*(self._pieces(name, t) for t in (weight.grad, weight, *self._moments[name].values()))):
+            grad, wide = grad.float(), [t.float() for t in kept]
+            if name in self._muon:
+                muon_(wide[0], grad, wide[1], **options)
+            else:
+                adamw_([wide[0]], [grad], [wide[1]], [wide[2]], step=self._step, **options, **self._options)
+            for t, x in zip(kept, wide):
+                if t is not x:  # .float() of float32 is the tensor itself
+                    round_stochastic_(t, x, generator)
+
+    def _pieces(self, name: str, t: Tensor) -> Iterator[Tensor]:
+        """Views of at most PIECE elements; for Muon of whole matrices [B, M, N], gate and up projections apart."""
+        if name not in self._muon:
+            return iter(t.view(-1).split(PIECE))
+        matrices = t.view(-1, t.shape[-2] // (2 if "gate_up_proj" in name else 1), t.shape[-1])
+        return iter(matrices.split(max(1, PIECE // matrices[0].numel())))
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """{"exp_avg.NAME", "exp_avg_sq.NAME", "step.NAME" and, where the parameter is not float32, "master.NAME"}."""
-        state = {}
-        for name, m in self._masters.items():
-            state.update({f"{key}.{name}": value for key, value in self._adamw.state[m].items()})
-            if m is not self._params[name]:
-                state[f"master.{name}"] = m
-        return state
+        """{"step", per parameter "exp_avg.NAME" and "exp_avg_sq.NAME" or (Muon) "momentum.NAME", and "master.NAME"
+        where there is one}."""
+        state = {f"{key}.{n}": t for n, moments in self._moments.items() for key, t in moments.items()}
+        state |= {f"master.{n}": w for n, w in self._weights.items() if w is not self._params[n]}
+        return state | {"step": torch.tensor(self._step)}
 
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state_tensors``. Raises ValueError for missing, extra or mis-shaped tensors."""
-        wanted = {}
-        for name, m in self._masters.items():
-            wanted |= {f"exp_avg.{name}": m.shape, f"exp_avg_sq.{name}": m.shape, f"step.{name}": torch.Size([])}
-            if m is not self._params[name]:
-                wanted[f"master.{name}"] = m.shape
-        got = {k: v.shape for k, v in state.items()}
+        """The inverse of ``state_tensors``. Raises ValueError for missing or extra tensors, another shape or dtype."""
+        own = self.state_tensors()
+        wanted, got = ({k: f"{t.dtype} {tuple(t.shape)}" for k, t in tensors.items()} for tensors in (own, state))
         if wrong := sorted(k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k)):
             k = wrong[0]
             raise ValueError(
                 f"optimizer state does not fit the model in {len(wrong)} tensors; first: {k} is "
-                f"{tuple(got[k]) if k in got else 'missing'}; expected {tuple(wanted[k]) if k in wanted else 'none'}"
+                f"{got.get(k, 'missing')}; expected {wanted.get(k, 'none')}"
             )
-        for name, m in self._masters.items():
-            self._adamw.state[m] = {
-                key: state[f"{key}.{name}"].to(m.device, torch.float32).clone() for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-            if m is not self._params[name]:
-                m.copy_(state[f"master.{name}"])
-                self._params[name].copy_(m)
+        for key, t in own.items():
+            t.copy_(state[key])
+        self._step = int(own["step"])
+        for name, w in self._weights.items():
+            if w is not self._params[name]:
+                self._params[name].copy_(w)
+
+
+def is_matrix_of_a_layer(name: str, p: Tensor) -> bool:
+    return p.dim() >= 2 and "layers" in name.split(".")

@@ -3,8 +3,8 @@
 The loop knows batches and a loss, no algorithm. A run is a function of its config, data and seed: killed at any moment
 and started again, it gives the same weights, bit for bit, on the same machine with the same number of threads.
 
-Precision: "float32", or "bfloat16" for weights and activations with float32 master weights, optimizer state and
-gradient sums (see ``optim.AdamW``); no autocast.
+Precision: "float32", or "bfloat16" for weights and activations, by default with float32 master weights, optimizer state
+and gradient sums (see ``optim.Optimizer``); no autocast. Logits are never held as a whole.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3_kernels import cross_entropy
+from qwen3_kernels import linear_cross_entropy
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
 
-from . import checkpoint, environment
+from . import checkpoint, environment, memory
 from .config import DTYPES, FREE, Config, to_json
 from .data.packing import IGNORE, Batch, PackedLoader, evaluation_batches
 from .data.shards import TokenShards
 from .log import Log
-from .optim import AdamW
+from .optim import Optimizer
 
 LossFn = Callable[[Qwen3, Batch], Tensor]
 """Sum of the loss over a batch's kept labels; the trainer divides by their number over all micro-steps."""
@@ -40,12 +40,14 @@ LossFn = Callable[[Qwen3, Batch], Tensor]
 
 def next_token_loss(model: Qwen3, batch: Batch, z_loss: float = 0.0) -> Tensor:
     """Sum of the negative log-likelihoods of the kept labels, in nats, float32."""
-    logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens)
-    return cross_entropy(logits, batch.labels, ignore_index=IGNORE, reduction="sum", z_loss=z_loss)
+    hidden = model(batch.tokens, cu_seqlens=batch.cu_seqlens, return_hidden=True)
+    return linear_cross_entropy(
+        hidden, model.head_weight, batch.labels, ignore_index=IGNORE, reduction="sum", z_loss=z_loss
+    )
 
 
 def train_step(
-    model: Qwen3, optimizer: AdamW, batches: Sequence[Batch], loss_fn: LossFn, *, lr: float, max_grad_norm: float
+    model: Qwen3, optimizer: Optimizer, batches: Sequence[Batch], loss_fn: LossFn, *, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor, int]:
     """One update from the micro-steps' ``batches``. Returns mean loss per kept label and gradient norm before clipping,
     both still on the device, and the number of kept labels."""
@@ -83,17 +85,20 @@ def train(
         model_config: the architecture, instead of ``config.model``. loss_fn: default ``next_token_loss``.
 
     Raises:
-        ValueError: settings, data, tokenizer or an earlier run in ``out`` do not fit together.
+        ValueError: settings, data, tokenizer or an earlier run in ``out`` do not fit together, or a step not in memory.
         FloatingPointError: loss or gradient norm is not finite; the message names the step. Nothing is saved from it.
         BlockingIOError: another process trains in ``out``.
     """
     config = config.resolved()
-    loss_fn = loss_fn or partial(next_token_loss, z_loss=config.z_loss)
     data = TokenShards(config.data)
     loader = PackedLoader(data, seq_len=config.seq_len, rows=config.rows, seed=config.seed)
     eval_data = TokenShards(config.eval_data) if config.eval_data else None
     model_config = model_config or named_model(config.model)
     check_vocabulary(config, data, eval_data, model_config)
+    if loss_fn is None:
+        loss_fn = partial(next_token_loss, z_loss=config.z_loss)
+        if config.device.startswith("cuda"):  # what another loss takes is not known
+            memory.check(config, model_config, torch.cuda.get_device_properties(config.device).total_memory)
     run = {"config": to_json(config), "model": model_config.to_dict(), "data": to_json(data.index)}
 
     with locked(config.out):
@@ -143,14 +148,18 @@ def train(
     return final
 
 
-def set_up(config: Config, model_config: Qwen3Config, resumed: checkpoint.Checkpoint | None) -> tuple[Qwen3, AdamW]:
+def set_up(config: Config, model_config: Qwen3Config, resumed: checkpoint.Checkpoint | None) -> tuple[Qwen3, Optimizer]:
     """Model, optimizer and torch's random generators at the start of a run, or as a checkpoint left them."""
     torch.manual_seed(config.seed)
     if resumed is None:
         model = Qwen3(model_config).init_weights(config.seed).to(config.device, DTYPES[config.dtype])
     else:
         model = resumed.load_model(config.device)
-    optimizer = AdamW(model.train(), betas=config.betas, weight_decay=config.weight_decay)
+    model.recompute = config.recompute
+    optimizer = Optimizer(
+        model.train(), kind=config.optimizer, states=config.optimizer_states, betas=config.betas,
+        weight_decay=config.weight_decay, seed=config.seed,
+    )
     if resumed is not None:
         resumed.restore(optimizer)
     return model, optimizer

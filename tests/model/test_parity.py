@@ -1,5 +1,6 @@
 """The model against transformers' and against itself: packed, cached, recomputed and compiled."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from qwen3_kernels import dispatch
+from qwen3_model import recompute
 from qwen3_model.model import Qwen3
 from qwen3_model.moe import load_balancing_loss
 
@@ -252,19 +254,79 @@ def test_exact_bf16_decodes_as_transformers():
 
 
 @every
-def test_checkpointed_layers_give_the_same_gradients(config):
+@pytest.mark.parametrize("policy", ["norm+swiglu", "full"])
+def test_recomputation_gives_the_same_gradients(config, policy):
     model, tokens = ours(config), some_tokens(config, 2, 13)
     calls = []
     model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     want = gradients(model, loss(model(tokens), tokens))
     assert len(calls) == 1
-    model.checkpoint_layers = True
+    model.recompute = policy
     got = gradients(model, loss(model(tokens), tokens))
-    assert len(calls) == 3, "the forward, and once more in the backward"
+    assert len(calls) == (3 if policy == "full" else 2), "full: the forward, and once more in the backward"
     assert all(torch.equal(got[n], want[n]) for n in want)
+    calls.clear()
     with torch.no_grad():
         model(tokens)
-    assert len(calls) == 4
+    assert len(calls) == 1
+
+
+@every
+def test_norms_and_swiglu_are_made_once_more_and_matrix_products_are_not(config, monkeypatch):
+    """Per layer two norms, one of q and k, one SwiGLU an expert; no linear map, no attention."""
+    model, tokens = ours(config), some_tokens(config, 2, 13)
+    model.recompute = "norm+swiglu"
+    counts = dict.fromkeys(("rms_norm", "qk_norm_rope", "swiglu"), 0)
+    for name in counts:
+
+        def counted(*args, name=name, real=getattr(recompute.kernels, name), **options):
+            counts[name] += 1
+            return real(*args, **options)
+
+        monkeypatch.setattr(recompute.kernels, name, counted)
+    value = loss(model(tokens), tokens)
+    forwards = counts.copy()
+    counts.update(dict.fromkeys(counts, 0))
+    monkeypatch.setattr(F, "linear", None)
+    gradients(model, value)
+    assert counts == forwards | {"rms_norm": forwards["rms_norm"] - 1}, "but for the final norm"
+
+
+def test_recomputed_tensors_are_let_go_and_can_be_made_twice(monkeypatch):
+    model, tokens = ours(BASE), some_tokens(BASE, 2, 13)
+    model.recompute = "norm+swiglu"
+    made, real = [], recompute.kernels.swiglu
+    monkeypatch.setattr(recompute.kernels, "swiglu", lambda *a, **kw: made.append(real(*a, **kw)) or made[-1])
+    value = loss(model(tokens), tokens)
+    parameters = list(model.parameters())
+    for n in (2, 3):
+        made[:] = [weakref.ref(t) if isinstance(t, torch.Tensor) else t for t in made]
+        first = torch.autograd.grad(value, parameters, retain_graph=True)
+        assert len(made) == n * BASE.num_hidden_layers
+    made[:] = [weakref.ref(t) if isinstance(t, torch.Tensor) else t for t in made]
+    assert all(t() is None for t in made)
+    model.recompute = "none"
+    want = torch.autograd.grad(loss(model(tokens), tokens), parameters)
+    assert all(torch.equal(a, b) for a, b in zip(first, want))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("policy", ["norm+swiglu", "full"])
+def test_recomputation_in_the_first_forward_of_a_process(policy):
+    """The kernels' self-checks, with backwards of their own, are not mixed up with the layer."""
+    model, tokens = ours(BASE), some_tokens(BASE, 2, 13)
+    want = gradients(model, loss(model(tokens), tokens))
+    model.recompute = policy
+    dispatch.reset()
+    got = gradients(model, loss(model(tokens), tokens))
+    assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_unknown_policy():
+    model = ours(BASE)
+    model.recompute = "some"
+    with pytest.raises(ValueError, match="recompute is 'some'; expected one of .*norm.swiglu"):
+        model(some_tokens(BASE, 1, 3))
 
 
 @pytest.mark.parametrize("packed", [False, True])

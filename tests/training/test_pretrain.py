@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -65,6 +67,69 @@ def test_resumes_bitwise_in_one_process(make_config, dtype):
         assert torch.equal(a, b), name
     assert records(straight.out, "train") == records(broken.out, "train")
     assert records(straight.out, "eval") == records(broken.out, "eval")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"optimizer": "muon"}, {"optimizer": "muon", "optimizer_states": "bfloat16"},
+     {"optimizer_states": "float32-moments"}, {"optimizer_states": "bfloat16", "seed": 5}],
+    ids=lambda c: " ".join(map(str, c.values())),
+)
+def test_every_optimizer_learns_and_resumes_bitwise(make_config, changes):
+    settings = {"dtype": "bfloat16", "steps": 16, **changes}
+    straight, broken = make_config("a", **settings), make_config("b", **settings)
+    expected = train(straight, quiet=True)
+    with pytest.raises(Stop):
+        train(broken, loss_fn=failing_at(7), quiet=True)
+    got = train(broken, quiet=True)
+    for (name, a), b in zip(weights(expected).items(), weights(got).values()):
+        assert torch.equal(a, b), name
+    losses = [r["loss"] for r in records(straight.out, "train")]
+    assert records(straight.out, "train") == records(broken.out, "train") and losses[-1] < losses[0] - 0.3
+
+
+def test_settings_reach_model_and_optimizer(make_config, model_config):
+    config = make_config(
+        optimizer="muon", optimizer_states="bfloat16", recompute="norm+swiglu", dtype="bfloat16", seed=3
+    )
+    model, optimizer = pretrain.set_up(config, model_config, None)
+    state = optimizer.state_tensors()
+    assert model.recompute == "norm+swiglu"
+    assert state["momentum.model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert state["exp_avg.model.norm.weight"].dtype == torch.bfloat16 and not any(k.startswith("master") for k in state)
+    results = []
+    for seed in (3, 3, 4):
+        model, optimizer = pretrain.set_up(dataclasses.replace(config, seed=seed), model_config, None)
+        for p in model.parameters():
+            p.data.fill_(1.0)
+            p.grad = torch.ones_like(p)
+        optimizer.step(1e-3, 1.0)
+        results.append(model.model.norm.weight.detach())
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2]), "the seed, too"
+
+
+def test_a_run_that_does_not_fit_on_the_gpu_is_refused(make_config, monkeypatch):
+    card = types.SimpleNamespace(total_memory=1_600_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    big = make_config(device="cuda", dtype="bfloat16", seq_len=64, rows=10_000)
+    with pytest.raises(ValueError, match="a training step does not fit: it takes .* smallest change first: --"):
+        train(big, quiet=True)
+
+
+def test_recomputation_changes_no_bit_even_within_a_run(make_config):
+    kept, less, mixed = (make_config(out, recompute=r) for out, r in zip("abc", ("none", "norm+swiglu", "none")))
+    want, got = weights(train(kept, quiet=True)), weights(train(less, quiet=True))
+    with pytest.raises(Stop):
+        train(mixed, loss_fn=failing_at(7), quiet=True)
+    resumed = weights(train(make_config("c", recompute="full"), quiet=True))
+    assert all(torch.equal(want[n], t[n]) for t in (got, resumed) for n in want)
+
+
+def test_logits_are_never_whole(make_config, model_config, monkeypatch):
+    """Neither in training nor in evaluation: the head is applied in linear_cross_entropy alone."""
+    monkeypatch.setattr(pretrain.Qwen3, "head", None)
+    path = train(make_config(steps=2), quiet=True)
+    assert path.exists()
 
 
 def test_a_finished_run_is_left_alone(make_config):
@@ -168,6 +233,9 @@ def test_command_line(make_config, trainer_command, capsys):
     [
         ({"steps": 0}, "steps is 0"), ({"rows": 6, "micros": 4}, "rows is 6; expected a multiple of micros = 4"),
         ({"lr": math.nan}, "lr is nan"), ({"dtype": "float16"}, "dtype is 'float16'"), ({"seed": -1}, "seed is -1"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected one of"),
+        ({"optimizer_states": "int8"}, "optimizer_states is 'int8'"),
+        ({"recompute": "some"}, "recompute is 'some'; expected one of"),
         ({"schedule": "step"}, "schedule is 'step'"), ({"warmup": 13}, "warmup 13"), ({"decay": 1.5}, "decay is 1.5"),
         ({"lr_floor": 2.0}, "floor 2.0"), ({"betas": (0.9, 1.0)}, "betas is"), ({"max_grad_norm": 0}, "max_grad_norm is 0"),
     ],

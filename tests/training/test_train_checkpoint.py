@@ -16,7 +16,7 @@ from qwen3_model.model import Qwen3
 from training import checkpoint
 from training.checkpoint import latest, read, save
 from training.log import FILE, read_metrics
-from training.optim import AdamW
+from training.optim import Optimizer
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def trained(model_config):
 
     def make(seed=0, dtype=torch.bfloat16):
         model = Qwen3(model_config).init_weights(seed).to(dtype)
-        optimizer = AdamW(model)
+        optimizer = Optimizer(model)
         model(torch.arange(12).view(1, 12)).float().square().mean().backward()
         optimizer.step(1e-3, 1.0)
         return model, optimizer
@@ -44,7 +44,7 @@ def test_round_trip(tmp_path, trained):
     drawn = torch.rand(3)
     found = latest(tmp_path)
     again = found.load_model("cpu")
-    fresh = AdamW(again)
+    fresh = Optimizer(again)
     found.restore(fresh)
     assert (found.path, found.step, found.fields) == (path, 3, {"a": [1, "x"]})
     assert all(torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(model.parameters(), again.parameters()))

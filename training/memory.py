@@ -1,0 +1,332 @@
+"""Peak memory of a training step, predicted from the sizes: ``python -m training.memory --model Qwen3-0.6B``.
+
+A step has four moments at which memory may peak: the loss (all activations, and a chunk's logits), the start of the
+backward (all activations, and the last layer's gradients in flight), its end (all gradients, and the embedding's in
+flight) and the update. In between, layer by layer, activations make room for gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qwen3_kernels.ops.linear_cross_entropy import CHUNK_BYTES
+from qwen3_model.config import Qwen3Config
+from qwen3_model.model import Qwen3
+from qwen3_model.recompute import POLICIES
+
+from .config import DTYPES, Config
+from .data.packing import Batch
+from .optim import PIECE, STATES, Optimizer, is_matrix_of_a_layer
+
+MARGIN = 0.05  # of the device's memory, for the error of the prediction and what the allocator cannot use
+CONTEXT = 1 << 30  # bytes that CUDA and its libraries take beside torch's allocator
+WORKSPACES = 64 << 20  # bytes of cuBLAS's workspaces on CUDA, for the threads of the forward and of the backward
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device at one moment of a step."""
+
+    moment: str
+    weights: int
+    optimizer: int  # master weights and moments
+    gradients: int
+    activations: int  # what is kept for the backward
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.gradients + self.activations + self.temporary
+
+    def __str__(self) -> str:
+        parts = (f"{f.name} {gib(getattr(self, f.name))}" for f in dataclasses.fields(self)[1:])
+        return f"{gib(self.total)} ({self.moment}: {', '.join(parts)})"
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def predict(config: Config, model: Qwen3Config, device: str = "cuda") -> Estimate:
+    """The peak of a training step of ``pretrain`` once the run is under way; ``config.dtype`` "auto" is bfloat16.
+
+    ``device``: "cuda" (bfloat16 on the compiled kernels) or "cpu".
+    """
+    return max(_Step(config, model, device).moments(), key=lambda estimate: estimate.total)
+
+
+def usable(total: int) -> int:
+    """Bytes for tensors on a CUDA device with ``total`` bytes."""
+    return int(total * (1 - MARGIN)) - CONTEXT
+
+
+def check(config: Config, model: Qwen3Config, total: int) -> Estimate:
+    """The predicted peak, for a CUDA device of ``total`` bytes. Raises ValueError, naming what would fit, if it does not."""
+    estimate, room = predict(config, model), usable(total)
+    if estimate.total <= room:
+        return estimate
+    options = [f"{flags} ({gib(e.total)})" for flags, e in advice(config, model, room)]
+    raise ValueError(
+        f"a training step does not fit: it takes {estimate}, and {gib(room)} of the device's {gib(total)} are usable. "
+        + ("What would fit, smallest change first: " + "; ".join(options) if options else
+           "Nothing but a smaller model, shorter rows or more memory would help")
+    )
+
+
+def advice(config: Config, model: Qwen3Config, room: int) -> list[tuple[str, Estimate]]:
+    """[(flags, their peak)] of the changes that fit in ``room`` bytes and of which no part would do. First more
+    micro-steps and recomputation, which change results by rounding at most, then the optimizer's states."""
+    dials = {
+        "optimizer_states": STATES[STATES.index(config.optimizer_states):],
+        "recompute": POLICIES[POLICIES.index(config.recompute):],
+        "micros": [n for n in range(config.micros, config.rows + 1) if config.rows % n == 0],
+    }
+    found: list[tuple[tuple[int, ...], str, Estimate]] = []
+    places = product(*(range(len(values)) for values in dials.values()))
+    for place in sorted(places, key=lambda place: (place[0], sum(map(bool, place)), place)):
+        if any(all(a <= b for a, b in zip(other, place)) for other, _, _ in found):
+            continue  # part of it is enough
+        changes = {name: values[i] for (name, values), i in zip(dials.items(), place)}
+        estimate = predict(dataclasses.replace(config, **changes), model)
+        if estimate.total <= room:
+            flags = (f"--{name.replace('_', '-')} {changes[name]}" for name, i in zip(dials, place) if i)
+            found.append((place, " ".join(flags), estimate))
+    return [(flags, estimate) for _, flags, estimate in found]
+
+
+@cache
+def _parameters(model: Qwen3Config) -> dict[str, torch.Tensor]:
+    """By name, without storage."""
+    with torch.device("meta"):
+        return dict(Qwen3(model).named_parameters())
+
+
+@dataclass(frozen=True)
+class _Step:
+    config: Config
+    model: Qwen3Config
+    device: str
+
+    @cached_property
+    def N(self) -> int:
+        """Tokens of a micro-step."""
+        return self.config.rows // self.config.micros * self.config.seq_len
+
+    @cached_property
+    def b(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return DTYPES.get(self.config.dtype, torch.bfloat16).itemsize
+
+    @cached_property
+    def masters(self) -> bool:
+        return self.b < 4 and self.config.optimizer_states == "float32"
+
+    @cached_property
+    def g(self) -> int:
+        """Bytes of a gradient that waits for the update."""
+        return 4 if self.masters else self.b
+
+    @property
+    def shapes(self) -> dict[str, torch.Tensor]:
+        return _parameters(self.model)
+
+    @cached_property
+    def count(self) -> int:
+        return self.model.num_params()
+
+    def optimizer(self) -> int:
+        moment = 2 if self.config.optimizer_states == "bfloat16" else 4
+        return sum(
+            p.numel() * (4 * self.masters + moment * (1 if self._muon(n) else 2)) for n, p in self.shapes.items()
+        ) + 8  # the step
+
+    def _muon(self, name: str) -> bool:
+        return self.config.optimizer == "muon" and is_matrix_of_a_layer(name, self.shapes[name])
+
+    # ---- activations, bytes ------------------------------------------------------------------------------------------
+
+    def kept(self, layers: int) -> int:
+        """By the first so many layers for the backward."""
+        if self.config.recompute == "full":  # each layer's two inputs; the first one has one
+            return self.N * self.model.hidden_size * self.b * (2 * layers - 1)
+        return sum(self.layer(i, self.config.recompute) for i in range(layers))
+
+    def layer(self, i: int, policy: str) -> int:
+        """Kept by one layer that is not recomputed as a whole."""
+        m, b = self.model, self.b
+        D, Q, K = m.hidden_size, m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
+        products, cheap = 2 * D + 2 * Q + 2 * K, 2 * D + Q + K  # elements per token: of products and sums; of norms
+        other = 4 * (2 + m.num_attention_heads)  # bytes per token: 1/rms, log-sum-exp
+        if not m.is_moe_layer(i):
+            products, cheap = products + 2 * m.intermediate_size, cheap + m.intermediate_size
+        else:
+            A, F, E = m.num_experts_per_tok, m.moe_intermediate_size, m.num_experts
+            products, cheap = products + A * (D + 2 * F), cheap + A * F
+            # The experts' outputs in float32; probabilities, sorted and not, with their order; two orders of tokens.
+            other += 4 * A * D + 16 * E + 16 * A + A * b + 4
+        return self.N * ((products + (cheap if policy == "none" else 0)) * b + other)
+
+    def flight(self, i: int) -> int:
+        """Beyond what is kept, within one layer's backward."""
+        m, b, D, policy = self.model, self.b, self.model.hidden_size, self.config.recompute
+        again = self.layer(i, "none") if policy == "full" else 0
+        if not m.is_moe_layer(i):  # at SwiGLU: gradients of the layer's output, of SwiGLU's output, of gate and up
+            wide = 3 if policy == "norm+swiglu" else 2  # else SwiGLU's own output has just made room for one of them
+            return again + self.N * (D + wide * m.intermediate_size) * b
+        A, F, E = m.num_experts_per_tok, m.moe_intermediate_size, m.num_experts
+        # Either where the experts' outputs are weighed, in float32, or where the gradients of all experts are stacked.
+        weighing = self.N * (D * b + 4 * D + 8 * A * D)
+        done = A * (4 * D + (2 if policy == "norm+swiglu" else 3) * F * b)  # kept no longer, per token
+        stacking = self.N * (D * b - done) + 4 * E * D * F * b
+        return again + max(weighing, stacking)
+
+    def loss(self) -> int:
+        """Within the loss: a chunk's logits and their gradient."""
+        V, fused = self.model.vocab_size, self.device == "cuda" and self.b == 2
+        # Fused: one bfloat16 tensor serves for both. Else both are float32, and bfloat16 has a rounded gradient, too.
+        return self.chunk_tokens() * V * (2 if fused else 8 if self.b == 4 else 10)
+
+    def chunk_tokens(self) -> int:
+        """As linear_cross_entropy divides the tokens."""
+        V, element = self.model.vocab_size, 2 if self.device == "cuda" and self.b == 2 else 4
+        most = max(max(CHUNK_BYTES, V * self.model.hidden_size * self.b // 4) // (V * element) // 256 * 256, 256)
+        chunks = -(-self.N // most)
+        return min(-(-self.N // (chunks * 256)) * 256, self.N)
+
+    # ---- the moments -------------------------------------------------------------------------------------------------
+
+    def moments(self) -> Iterator[Estimate]:
+        m, N, D, b, g, count = self.model, self.N, self.model.hidden_size, self.b, self.g, self.count
+        layers, head, stream = m.num_hidden_layers, m.vocab_size * D, N * D * b
+        tables = N * (4 * m.head_dim + 8 * 6)  # RoPE; tokens, positions, documents, labels, weights and losses
+        tied, micros = m.tie_word_embeddings, self.config.micros > 1  # then sums of gradients are there all along
+        waiting = b * head if tied else 0  # the head's gradient, until the embedding has its own
+        at = partial(self._at, weights=b * count, optimizer=self.optimizer())
+
+        yield at("loss", gradients=g * count * micros + b * head,
+                 activations=self.kept(layers) + tables + stream + 4 * N, temporary=2 * stream + self.loss())
+        done = 0 if tied else head  # elements of gradients
+        for i in reversed(range(layers)):
+            own = {n: p.numel() for n, p in self.shapes.items() if n.startswith(f"model.layers.{i}.")}
+            down = sum(size for n, size in own.items() if "down_proj" in n)
+            yield at(f"backward of layer {i}", gradients=g * (count if micros else done + down) + waiting,
+                     activations=self.kept(i + 1) + tables, temporary=self.flight(i))
+            done += sum(own.values())
+        yield at("backward of the embedding", gradients=g * (count if micros else done) + waiting, activations=tables,
+                 temporary=stream + b * head + (g * head if self.masters and not micros else 0))
+        yield at("update", gradients=g * count, activations=0, temporary=self.update())
+
+    def _at(self, moment: str, **sizes: int) -> Estimate:
+        if self.device == "cuda":
+            sizes["temporary"] += WORKSPACES
+        return Estimate(moment, **sizes)
+
+    def update(self) -> int:
+        """Float32 copies of a piece of a parameter, what rounds them and what orthogonalises them."""
+        sizes = [0]
+        for name, p in self.shapes.items():
+            muon = self._muon(name)
+            copies = (1 if muon else 2) * (self.config.optimizer_states == "bfloat16")
+            copies += self.b < 4 and not self.masters
+            work, piece = 11 if copies else 0, PIECE
+            if muon:
+                short, long = sorted(p.shape[-2:])
+                work, piece = max(work, 10, 8 + 4 * short // long), max(PIECE, short * long)
+            sizes.append(min(p.numel(), piece) * (4 * copies + 4 * (self.g < 4) + work))
+        return max(sizes)
+
+
+def measured(config: Config, model: Qwen3Config, device: str) -> int:
+    """Bytes at the peak of one real step, the second of a model with random weights on random tokens."""
+    from .pretrain import next_token_loss, set_up, train_step
+
+    config = dataclasses.replace(config, device=device)
+    qwen, optimizer = set_up(config, model, None)
+    rows = config.rows // config.micros
+    ends = torch.arange(rows + 1, dtype=torch.int32) * config.seq_len
+    tokens = torch.randint(model.vocab_size, (2, rows * config.seq_len))
+
+    def step() -> None:
+        batch = Batch(tokens[0], tokens[1], ends)
+        train_step(qwen, optimizer, [batch] * config.micros, next_token_loss, lr=1e-4, max_grad_norm=1.0)
+
+    step()
+    if device == "cpu":
+        standing = [*qwen.parameters(), *optimizer.state_tensors().values()]
+        return sum(t.nbytes for t in standing) + allocated(step)[1]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def allocated(function: Callable[[], object]) -> tuple[int, int]:
+    """(bytes that torch's CPU allocator gave out and did not get back, the most at a time) while ``function`` ran. Its
+    result counts as not given back."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    del result
+    return now, most
+
+
+def report(
+    model: str = "Qwen3-0.6B", rows: int = 4, seq_len: int = 4096, micros: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16", optimizer: Literal["adamw", "muon"] = "adamw",
+    optimizer_states: Literal["float32", "float32-moments", "bfloat16"] = "float32",
+    device: Literal["cuda", "cpu"] = "cuda", measure: bool = False,
+) -> None:
+    """Prints the predicted peak memory of a training step under every policy of recomputation.
+
+    Args:
+        model: a released size, or the path of a config.json.
+        rows: per step. seq_len: tokens per row.
+        measure: also runs real steps on the device and prints what they took.
+    """
+    from .pretrain import named_model
+
+    sizes = named_model(model)
+    for policy in POLICIES:
+        config = Config(
+            data=Path(), out=Path(), rows=rows, seq_len=seq_len, micros=micros, dtype=dtype, optimizer=optimizer,
+            optimizer_states=optimizer_states, recompute=policy,
+        )
+        estimate = predict(config, sizes, device)
+        print(f"{policy:12} predicted {estimate}", flush=True)
+        if measure:
+            try:
+                peak = measured(config, sizes, device)
+                off = 100 * (estimate.total / peak - 1)
+                print(f"{'':12} measured  {gib(peak)}, prediction {off:+.1f} %", flush=True)
+            except torch.OutOfMemoryError:
+                print(f"{'':12} measured  out of memory", flush=True)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    try:
+        import tyro
+    except ImportError as e:
+        raise SystemExit("tyro is not installed: pip install 'qwen3-kernels[train]'") from e
+    try:
+        tyro.cli(report, args=args)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"error: {e}") from e
+
+
+if __name__ == "__main__":
+    main()
