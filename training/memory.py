@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from qwen3_kernels.ops.linear_cross_entropy import CHUNK_BYTES
+from qwen3_kernels.ops.linear_cross_entropy import MAX_ROUNDED_CHUNKS, chunk_size
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
 from qwen3_model.recompute import POLICIES
@@ -189,17 +189,14 @@ class _Step:
         return again + max(weighing, stacking)
 
     def loss(self) -> int:
-        """Within the loss: a chunk's logits and their gradient."""
+        """Within the loss: a chunk's logits and their gradient, and the sum of the head's."""
         V, fused = self.model.vocab_size, self.device == "cuda" and self.b == 2
         # Fused: one bfloat16 tensor serves for both. Else both are float32, and bfloat16 has a rounded gradient, too.
-        return self.chunk_tokens() * V * (2 if fused else 8 if self.b == 4 else 10)
+        summed = self.b == 2 and -(-self.N // self.chunk_tokens()) > MAX_ROUNDED_CHUNKS  # in float32, then rounded
+        return self.chunk_tokens() * V * (2 if fused else 8 if self.b == 4 else 10) + 4 * V * self.model.hidden_size * summed
 
     def chunk_tokens(self) -> int:
-        """As linear_cross_entropy divides the tokens."""
-        V, element = self.model.vocab_size, 2 if self.device == "cuda" and self.b == 2 else 4
-        most = max(max(CHUNK_BYTES, V * self.model.hidden_size * self.b // 4) // (V * element) // 256 * 256, 256)
-        chunks = -(-self.N // most)
-        return min(-(-self.N // (chunks * 256)) * 256, self.N)
+        return min(chunk_size(self.N, self.model.vocab_size, 2 if self.device == "cuda" and self.b == 2 else 4), self.N)
 
     # ---- the moments -------------------------------------------------------------------------------------------------
 

@@ -153,12 +153,15 @@ def _token_weights(
     return weight / num_items if reduction == "num_items" else weight
 
 
-def _chunk_tokens(N: int, hidden: Tensor, head: Tensor) -> int:
-    """Chunks of equal size in whole tiles of 256 tokens."""
-    element = 2 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else 4
-    most = max(CHUNK_BYTES // (head.shape[0] * element) // 256 * 256, 256)
+def chunk_size(N: int, V: int, logit_bytes: int) -> int:
+    """Tokens in each of the equal chunks, whole tiles of 256, whose logits take at most `CHUNK_BYTES`."""
+    most = max(CHUNK_BYTES // (V * logit_bytes) // 256 * 256, 256)
     chunks = max(-(-N // most), 1)
     return max(-(-N // (chunks * 256)) * 256, 256)
+
+
+def _chunk_tokens(N: int, hidden: Tensor, head: Tensor) -> int:
+    return chunk_size(N, head.shape[0], 2 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else 4)
 
 
 # --- The computation, shared by all backends.
