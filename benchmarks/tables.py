@@ -2,8 +2,8 @@
 
 A table has a line per case and mode: ours beside the fastest peer of the same run. What failed is named under it.
 
-``--update`` rewrites, in a Markdown file, what stands between ``<!-- benchmarks: SUITE [MODE ...] -->`` and
-``<!-- end -->``; modes that the marker names are shown, all when it names none.
+``--update`` rewrites, in a Markdown file, what stands between ``<!-- benchmarks: SUITE ... [MODE ...] -->`` and
+``<!-- end -->``. The suites share a table; of modes, those that the marker names are shown, all when it names none.
 """
 
 from __future__ import annotations
@@ -95,11 +95,13 @@ def by_suite(reports: Sequence[dict]) -> dict[str, dict[str, dict]]:
 # --- Markdown.
 
 
-def render(suite: str, reports: dict[str, dict], modes: Sequence[str] = ()) -> str:
-    """A suite's table on every GPU, each under a line that says where and with what it was measured."""
+def render(names: Sequence[str], suites: dict[str, dict[str, dict]], modes: Sequence[str] = ()) -> str:
+    """A table for every report that is the newest of one of the named suites, under a line that says where and with what
+    it was measured. ``suites`` is of `by_suite`."""
     parts = []
-    for report in reports.values():
-        rows = [r for r in report["rows"] if r.suite == suite and (not modes or r.mode in modes)]
+    for report in {id(r): r for name in names for r in suites[name].values()}.values():
+        ours = {name for name in names if suites[name].get(report["gpu"]) is report}
+        rows = [r for r in report["rows"] if r.suite in ours and (not modes or r.mode in modes)]
         if rows:
             parts += [heading(report, rows), table(rows)] + ([failures(rows)] if any(r.error for r in rows) else [])
     return "\n\n".join(parts)
@@ -154,8 +156,8 @@ def _escape(text: str) -> str:
 
 
 def update(text: str, suites: dict[str, dict[str, dict]]) -> tuple[str, list[str]]:
-    """The text with its tables renewed, and the suites it asks for that no report has: theirs stay as they are.
-    Raises ValueError for markers that do not pair up or name an unknown mode."""
+    """The text with its tables renewed, and the suites it asks for that no report has: those tables stay as they are.
+    Raises ValueError for markers that do not pair up."""
     openings, pairs = text.count(OPENING), len(MARKER.findall(text))
     if pairs != openings:  # an opening inside of a table counts for none
         raise ValueError(f"{openings} markers '{OPENING} SUITE -->' on lines of their own, {pairs} closed by '{END}'")
@@ -164,13 +166,12 @@ def update(text: str, suites: dict[str, dict[str, dict]]) -> tuple[str, list[str
     absent = []
 
     def renew(match: re.Match) -> str:
-        suite, *modes = match["words"].split() or [""]
-        if unknown := [m for m in modes if m not in MODES]:
-            raise ValueError(f"marker of {suite!r}: no mode {', '.join(unknown)}; expected some of {', '.join(MODES)}")
-        if suite not in suites:
-            absent.append(suite)
+        words = match["words"].split()
+        names, modes = [w for w in words if w not in MODES], [w for w in words if w in MODES]
+        if missing := [name for name in names if name not in suites]:
+            absent.extend(missing)
             return match[0]
-        return f"{OPENING} {match['words']} -->\n{render(suite, suites[suite], modes)}\n{END}"
+        return f"{OPENING} {match['words']} -->\n{render(names, suites, modes)}\n{END}"
 
     return MARKER.sub(renew, text), absent
 
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         suites = by_suite(read(args.files))
         if args.update is None:
-            print("\n\n".join(f"### {suite}\n\n{render(suite, reports)}" for suite, reports in suites.items()))
+            print("\n\n".join(f"### {suite}\n\n{render([suite], suites)}" for suite in suites))
             return 0
         before = args.update.read_text()
         after, absent = update(before, suites)

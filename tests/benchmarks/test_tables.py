@@ -76,9 +76,17 @@ class TestTable:
         )
 
     def test_modes_are_chosen(self, write):
-        reports = tables.by_suite(tables.read([write("a.json", report(row(), row(mode="bwd")))]))["pointwise"]
-        assert len(shown(tables.render("pointwise", reports, ["bwd"]))) == 2
-        assert tables.render("pointwise", reports, ["step"]) == ""
+        suites = tables.by_suite(tables.read([write("a.json", report(row(), row(mode="bwd")))]))
+        assert len(shown(tables.render(["pointwise"], suites, ["bwd"]))) == 2
+        assert tables.render(["pointwise"], suites, ["step"]) == ""
+
+    def test_suites_share_a_table_unless_measured_apart(self, write):
+        both = write("a.json", report(row(), row(suite="b", case="other"), row(suite="c")))
+        suites = tables.by_suite(tables.read([both]))
+        assert [line[0] for line in shown(tables.render(["pointwise", "b"], suites))[1:]] == ["norm 8x8 bf16", "other"]
+        suites = tables.by_suite(tables.read([both, write("b.json", report(row(suite="b"), date="2026-11-27"))]))
+        text = tables.render(["pointwise", "b"], suites)
+        assert "other" not in text and text.count("Some GPU") == 2 and len(shown(text)) == 4
 
 
 class TestReports:
@@ -91,7 +99,7 @@ class TestReports:
         suites = tables.by_suite(tables.read(files))
         assert {gpu: r["rows"][0].ms for gpu, r in suites["pointwise"].items()} == {"Some GPU": 1.0, "Other GPU": 5.0}
         assert list(suites["b"]) == ["Some GPU"]  # the older report is the newest one that has the suite
-        text = tables.render("pointwise", suites["pointwise"])
+        text = tables.render(["pointwise"], suites)
         assert "Some GPU, 2026-11-26" in text and "Other GPU, 2026-11-25" in text
 
     def test_parity_records_are_passed_over(self, write):
@@ -135,7 +143,6 @@ class TestUpdate:
         ("nothing", "no marker"),
         ("<!-- benchmarks: pointwise -->\n", "1 markers .* 0 closed"),
         ("<!-- benchmarks: pointwise -->\n<!-- benchmarks: loss -->\n<!-- end -->", "2 markers .* 1 closed"),
-        ("<!-- benchmarks: pointwise sideways -->\n<!-- end -->", "no mode sideways"),
     ])
     def test_broken_markers(self, write, capsys, text, message):
         page = write("page.md", text)
