@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import os
 import sys
 import traceback
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from . import ceilings, harness, peers, plot, suites
 from .harness import Row
+from .tables import comparisons, number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -185,14 +185,6 @@ def cells(row: Row) -> tuple[str, ...]:
             note)
 
 
-def number(value: float | None, unit: str = "") -> str:
-    """Three significant digits."""
-    if value is None:
-        return ""
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:.{max(0, digits)}f}{unit}"
-
-
 def fastest(rows: list[Row]) -> set[int]:
     """ids of the fastest row of every case and mode."""
     best: dict[tuple[str, str], Row] = {}
@@ -232,14 +224,10 @@ def plain_table(rows: list[Row]) -> str:
 def short_table(rows: list[Row]) -> str:
     """A line per case and mode: ours beside the fastest peer. Problems come last, where a log is read first."""
     lines = [("case", "mode", "ours ms", "% ceiling", "best peer", "its ms", "peer/ours")]
-    for case, mode in dict.fromkeys((r.case, r.mode) for r in rows):
-        group = [r for r in rows if (r.case, r.mode) == (case, mode)]
-        timed = [r for r in group if r.ms is not None]
-        ours = next((r for r in timed if r.impl == "ours"), None)
-        peer = min((r for r in timed if not r.impl.startswith("ours")), key=lambda r: r.ms, default=None)
+    for c in comparisons(rows):
         lines.append((
-            case, mode, number(ours and ours.ms), number(ours and ours.pct_of_ceiling), peer.impl if peer else "",
-            number(peer and peer.ms), number(peer.ms / ours.ms) if ours and peer else "",
+            c.case, c.mode, number(c.ours and c.ours.ms), number(c.ours and c.ours.pct_of_ceiling),
+            c.peer.impl if c.peer else "", number(c.peer and c.peer.ms), number(c.ratio),
         ))
     problems = [f"{r.case} {r.mode} {r.impl}: {r.error[:160]}" for r in rows if r.error]
     return "\n".join(["", align(lines, left=(0, 1, 4)), *(["", "not timed:", *problems] if problems else [])])

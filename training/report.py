@@ -65,7 +65,7 @@ def chart(
     if not xs:
         raise ValueError(f"chart of {y}: no finite points")
     width, height = size
-    left, right, top, bottom = 56, 210, 14, 44
+    left, right, top, bottom = 56, 210, 30, 44
     x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
     x0, x1 = min(*xs, x_ticks[0]), max(*xs, x_ticks[-1])
     y0, y1 = min(*ys, y_ticks[0]), max(*ys, y_ticks[-1])
@@ -87,7 +87,7 @@ def chart(
         u, _ = at((value, y0))
         parts.append(f'<text class="dim" x="{u:.1f}" y="{height - bottom + 18}" text-anchor="middle">{value:g}</text>')
     parts.append(f'<text class="dim" x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{escape(x)}</text>'
-                 f'<text class="dim" x="4" y="{top - 2}">{escape(y)}</text>')
+                 f'<text class="dim" x="4" y="{top - 18}">{escape(y)}</text>')
     labels: list[tuple[float, str, str]] = []
     for colour, (name, points) in zip(_cycle(len(series)), series.items()):
         path = " ".join(f"{u:.1f},{v:.1f}" for u, v in map(at, points))
@@ -106,7 +106,7 @@ def chart(
         spread = max(v, spread + 15)
         parts.append(f'<rect x="{width - right + 10}" y="{spread - 5:.1f}" width="9" height="9" fill="{colour}"/>'
                      f'<text x="{width - right + 24}" y="{spread + 4:.1f}">{escape(text)}</text>')
-    return f'<svg viewBox="0 {-8} {width} {height + 8}" role="img" aria-label="{escape(y)}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y)}">{"".join(parts)}</svg>'
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
@@ -138,7 +138,7 @@ def _cycle(n: int) -> list[str]:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text.replace(",", ""))
+        float(text.replace(",", "").removesuffix(" %") or "nan")
     except ValueError:
         return False
     return True
