@@ -190,13 +190,21 @@ class _Step:
 
     def loss(self) -> int:
         """Within the loss: a chunk's logits and their gradient, and the sum of the head's."""
-        V, fused = self.model.vocab_size, self.device == "cuda" and self.b == 2
-        # Fused: one bfloat16 tensor serves for both. Else both are float32, and bfloat16 has a rounded gradient, too.
-        summed = self.b == 2 and -(-self.N // self.chunk_tokens()) > MAX_ROUNDED_CHUNKS  # in float32, then rounded
-        return self.chunk_tokens() * V * (2 if fused else 8 if self.b == 4 else 10) + 4 * V * self.model.hidden_size * summed
+        V, D, rows, fused = self.model.vocab_size, self.model.hidden_size, self.chunk_tokens(), self._fused_loss
+        # Fused: one bfloat16 tensor serves for both; the hidden states' gradient passes through float32. Else both are
+        # float32, and bfloat16 has a rounded gradient, too.
+        chunk = rows * V * (2 if fused else 8 if self.b == 4 else 10) + (8 * rows * D if fused else 0)
+        if self.b == 4 or self.N <= MAX_ROUNDED_CHUNKS * rows:
+            return chunk
+        # The head's gradient is summed in float32, then rounded. On the CPU a product is made before it is added.
+        return 4 * V * D + (max(chunk, 2 * V * (rows + D)) if self.device == "cpu" else chunk)
 
     def chunk_tokens(self) -> int:
-        return min(chunk_size(self.N, self.model.vocab_size, 2 if self.device == "cuda" and self.b == 2 else 4), self.N)
+        return min(chunk_size(self.N, self.model.vocab_size, 2 if self._fused_loss else 4), self.N)
+
+    @property
+    def _fused_loss(self) -> bool:
+        return self.device == "cuda" and self.b == 2
 
     # ---- the moments -------------------------------------------------------------------------------------------------
 

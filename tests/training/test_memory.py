@@ -1,6 +1,8 @@
 """Predicted memory against what torch's CPU allocator really gives out."""
 
 import dataclasses
+import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,7 @@ SHORT = {"seq_len": 32, "rows": 2}
         ("experts", {}, "loss"), ("experts", {"recompute": "norm+swiglu"}, "loss"),
         ("some experts", {"micros": 2}, "loss"),
         ("experts", {"recompute": "full"}, "backward of layer 0"),
+        ("experts", {"recompute": "full", "micros": 2}, "backward of layer 2"),
         ("tied", SHORT | {"dtype": "bfloat16"}, "backward of the embedding"),
         ("untied", SHORT | {"dtype": "bfloat16", "recompute": "norm+swiglu"}, "backward of the embedding"),
         ("wide", SHORT | {"dtype": "bfloat16", "optimizer": "muon"}, "update"),
@@ -128,6 +131,19 @@ def test_peak_of_a_real_step(model, changes, moment):
     estimate = predict(config, MODELS[model], "cpu")
     assert estimate.moment == moment, "each moment is tested where it is the peak"
     assert estimate.total == pytest.approx(measured(config, MODELS[model], "cpu"), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_peak_of_a_loss_in_many_chunks(dtype, monkeypatch):
+    module = importlib.import_module("qwen3_kernels.ops.linear_cross_entropy")  # the package has the function by this name
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)  # gives chunks of 256 tokens
+    model = dataclasses.replace(
+        DENSE, vocab_size=2048, hidden_size=256, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    config = settings(rows=6, seq_len=256, dtype=dtype, optimizer_states="bfloat16")
+    estimate = predict(config, model, "cpu")
+    assert estimate.moment == "loss" and _Step(config, model, "cpu").chunk_tokens() == 256
+    assert estimate.total == pytest.approx(measured(config, model, "cpu"), rel=0.05)
 
 
 @pytest.mark.gpu
@@ -196,8 +212,6 @@ def test_no_way_out():
 
 
 def test_command_line(tmp_path, capsys):
-    import json
-
     (tmp_path / "config.json").write_text(json.dumps(DENSE.to_dict()))
     memory.main(["--model", str(tmp_path / "config.json"), "--rows", "1", "--seq-len", "64", "--dtype", "float32",
                  "--device", "cpu", "--measure"])
