@@ -69,7 +69,7 @@ def usable(total: int) -> int:
 
 
 def check(config: Config, model: Qwen3Config, total: int) -> Estimate:
-    """The predicted peak, for a CUDA device of ``total`` bytes. Raises ValueError, naming what would fit, if it does not."""
+    """The predicted peak, for a CUDA device of ``total`` bytes. ValueError, with what would fit, if that does not."""
     estimate, room = predict(config, model), usable(total)
     if estimate.total <= room:
         return estimate

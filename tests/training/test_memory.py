@@ -135,7 +135,7 @@ def test_peak_of_a_real_step(model, changes, moment):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_peak_of_a_loss_in_many_chunks(dtype, monkeypatch):
-    module = importlib.import_module("qwen3_kernels.ops.linear_cross_entropy")  # the package has the function by this name
+    module = importlib.import_module("qwen3_kernels.ops.linear_cross_entropy")  # the package has the function
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)  # gives chunks of 256 tokens
     model = dataclasses.replace(
         DENSE, vocab_size=2048, hidden_size=256, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
