@@ -47,9 +47,9 @@ LOGIT_TOLERANCE = 1e-4  # of the largest logit, float32 on both sides
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained on what. Chosen by experiment for a few minutes on the device of its name in ``RECIPES``: on two cores
-    with AVX2, 1.3M parameters saw 2.1M tokens in 380 s of processor time and reached 1.89 bits/byte, below gzip's 2.05;
-    5.8M parameters, in rows of 512, had no time to get below a unigram model's 2.87."""
+    """What is trained on what. Chosen by experiment for a few minutes on the device of its name in ``RECIPES``; see
+    docs/LOG.md. Two CPU cores see about two million tokens in that time, which is little: so a small model, small steps,
+    Muon, and initial weights near 1/sqrt(hidden_size) rather than Qwen3's 0.02, too weak a signal at this width."""
 
     corpus_bytes: int = 12_000_000
     held_out: float = 0.03
@@ -61,8 +61,10 @@ class Recipe:
     head_dim: int = 64
     intermediate_size: int = 384
     seq_len: int = 256
-    rows: int = 8
-    lr: float = 8e-3
+    rows: int = 4
+    lr: float = 1.5e-2
+    optimizer: str = "muon"
+    initializer_range: float = 0.08
     warmup: int = 20
     decay: float = 0.5
     weight_decay: float = 0.1
@@ -73,7 +75,7 @@ class Recipe:
             vocab_size=self.vocab_size, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim, rope_theta=10_000, max_position_embeddings=self.seq_len, tie_word_embeddings=True,
-            bos_token_id=end_of_text, eos_token_id=end_of_text,
+            initializer_range=self.initializer_range, bos_token_id=end_of_text, eos_token_id=end_of_text,
         )
 
 
@@ -81,7 +83,7 @@ RECIPES = {
     "cpu": Recipe(),
     "cuda": Recipe(
         corpus_bytes=80_000_000, vocab_size=8192, hidden_size=512, layers=8, heads=8, kv_heads=4, intermediate_size=1536,
-        seq_len=1024, rows=64, lr=2e-3, warmup=100,
+        seq_len=1024, rows=64, lr=2e-3, optimizer="adamw", initializer_range=0.02, warmup=100,
     ),
 }
 
@@ -270,9 +272,11 @@ def configure(
     data = demo.out / "data"
     config = Config(
         data=data / "train", eval_data=data / "held_out", tokenizer=data / "tokenizer.json", out=demo.out / "train",
-        steps=steps, seq_len=recipe.seq_len, rows=recipe.rows, lr=recipe.lr, warmup=min(recipe.warmup, steps),
+        steps=steps, seq_len=recipe.seq_len, rows=recipe.rows, lr=recipe.lr, optimizer=recipe.optimizer,
+        warmup=min(recipe.warmup, steps // 5),
         decay=recipe.decay, weight_decay=recipe.weight_decay, seed=demo.seed, device=device, dtype=dtype,
-        eval_every=max(1, steps // 8), eval_batches=8, log_every=max(1, steps // 40), save_every=max(1, steps // 4),
+        eval_every=max(1, steps // 8), eval_batches=max(8, 32_768 // (recipe.rows * recipe.seq_len)),
+        log_every=max(1, steps // 40), save_every=max(1, steps // 4),
         tensorboard=importlib.util.find_spec("tensorboard") is not None,
     )
     return config, recipe.model(end_of_text)
@@ -294,7 +298,7 @@ def schedule(config: Config, model_config: Qwen3Config, demo: Demo, recipe: Reci
         in_text = recipe.max_epochs * shards.read_index(config.data).n_tokens / tokens
         steps = max(10, int(min(in_time, in_text)) // 10 * 10)
     console.print(f"{steps} steps in {dtype}")
-    return dataclasses.replace(config, steps=steps, warmup=min(config.warmup, steps), dtype=dtype)
+    return dataclasses.replace(config, steps=steps, warmup=min(config.warmup, steps // 5), dtype=dtype)
 
 
 def seconds_per_step(config: Config, model_config: Qwen3Config, count: int = 4) -> float:
@@ -444,7 +448,7 @@ def main(args: Sequence[str] | None = None) -> None:
         import tyro
     except ImportError as e:
         raise SystemExit("tyro is not installed: pip install 'qwen3-kernels[train]'") from e
-    run(tyro.cli(Demo, args=args, description=__doc__))
+    run(tyro.cli(Demo, args=args, prog="python -m training.recipes.demo", description=__doc__))
 
 
 if __name__ == "__main__":
