@@ -93,7 +93,7 @@ class Demo:
     """Options of the command line."""
 
     out: Path = Path("runs/demo")
-    minutes: float = 3.5  # training time; the number of steps is worked out from the speed of the first ones
+    minutes: float = 3.0  # training time; the number of steps is worked out from the speed of the first ones
     steps: int = 0  # fixes the number of steps instead
     device: str = "auto"
     seed: int = 0
