@@ -95,12 +95,12 @@ def chart(
         if len(points) <= 40:
             parts += [f'<circle cx="{u:.1f}" cy="{v:.1f}" r="3" fill="{colour}"/>' for u, v in map(at, points)]
         if points:
-            labels.append((at(points[-1])[1], f"{name}: {points[-1][1]:.3g}", colour))
+            labels.append((at(points[-1])[1], f"{name}: {_short(points[-1][1])}", colour))
     for name, value in baselines.items():
         _, v = at((x0, value))
         parts.append(f'<line x1="{left}" x2="{width - right}" y1="{v:.1f}" y2="{v:.1f}" stroke="#98a2b3" '
                      f'stroke-width="1.4" stroke-dasharray="6 4"/>')
-        labels.append((v, f"{name}: {value:.3g}", "#98a2b3"))
+        labels.append((v, f"{name}: {_short(value)}", "#98a2b3"))
     spread = -math.inf
     for v, text, colour in sorted(labels):
         spread = max(v, spread + 15)
@@ -130,6 +130,10 @@ def _ticks(low: float, high: float, about: int = 6) -> list[float]:
     step = 10 ** math.floor(math.log10(span / about))
     step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= about)
     return [round(i * step, 10) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def _cycle(n: int) -> list[str]:
