@@ -152,7 +152,8 @@ def _load(options: argparse.Namespace) -> tuple[Qwen3, Tokenizer]:
     from .tokenizer import Tokenizer
 
     if not options.model.is_dir():
-        raise FileNotFoundError(f"{options.model}: no such folder; expected one with config.json and safetensors")
+        raise FileNotFoundError(f"{options.model}: no such folder; expected one with config.json and safetensors "
+                                "(released models are not downloaded by name)")
     if options.threads is not None:
         if options.threads < 1:
             raise UsageError(f"{options.command}: --threads: got {options.threads}; expected 1 or more")

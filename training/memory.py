@@ -328,7 +328,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ImportError as e:
         raise SystemExit("tyro is not installed: pip install 'qwen3-kernels[train]'") from e
     try:
-        tyro.cli(report, args=args)
+        tyro.cli(report, args=args, prog="python -m training.memory")
     except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
 

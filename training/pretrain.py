@@ -223,7 +223,7 @@ def main(args: Sequence[str] | None = None) -> None:
         import tyro
     except ImportError as e:
         raise SystemExit("tyro is not installed: pip install 'qwen3-kernels[train]'") from e
-    config = tyro.cli(Config, args=args, description=__doc__)
+    config = tyro.cli(Config, args=args, prog="python -m training.pretrain", description=__doc__)
     try:
         print(train(config))
     except (ValueError, OSError, FloatingPointError) as e:
