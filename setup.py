@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -31,6 +30,8 @@ class CMakeBuild(build_ext):
     """One CMake configure and build for all extensions; the modules land where setuptools expects them."""
 
     def run(self) -> None:
+        import pybind11  # here, so that wrong options are told without it
+
         out = Path(self.get_ext_fullpath("qwen3_kernels._cpu")).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)

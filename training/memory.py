@@ -244,7 +244,8 @@ class _Step:
             work, piece = 11 if copies else 0, PIECE
             if muon:
                 short, long = sorted(p.shape[-2:])
-                work, piece = max(work, 10, 8 + 4 * short // long), max(PIECE, short * long)
+                e = 4 if self.device == "cpu" else 2  # bytes in the iteration, see optim.orthogonalised
+                work, piece = max(work, 10, 4 + 2 * e + 2 * e * short // long), max(PIECE, short * long)
             sizes.append(min(p.numel(), piece) * (4 * copies + 4 * (self.g < 4) + work))
         return max(sizes)
 
