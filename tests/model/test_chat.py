@@ -232,10 +232,12 @@ def test_calls_that_are_not_closed(tokenizer):
 
 
 clean = st.text(st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="<>\n"), max_size=12)
-clean_values = st.one_of(clean, st.none(), st.integers(), st.lists(clean, max_size=2))
+# In JSON, NFC joins the last digit of an escaped control character with a combining mark behind it: no longer an escape.
+in_json = st.text(st.characters(exclude_categories=["Cs", "Cn", "Cc"], exclude_characters="<>"), max_size=12)
+clean_values = st.one_of(in_json, st.none(), st.integers(), st.lists(in_json, max_size=2))
 clean_calls = st.fixed_dictionaries({
     "name": st.from_regex(r"[a-zA-Z_.-]{1,9}", fullmatch=True),
-    "arguments": st.dictionaries(clean, clean_values, max_size=3),
+    "arguments": st.dictionaries(in_json, clean_values, max_size=3),
 })  # fmt: skip
 
 
@@ -250,9 +252,9 @@ def test_parse_inverts_render(tokenizer, thinking, content, calls, variant):
     reply = text.removeprefix(render(USER, variant=variant))
     assert len(reply) < len(text)
     p = parse(tokenizer.encode(reply), tokenizer, thinking_open=opened)
-    nfc = lambda value: json.loads(unicodedata.normalize("NFC", json.dumps(value, ensure_ascii=False)))  # noqa: E731
+    nfc = lambda text: unicodedata.normalize("NFC", text)  # noqa: E731
     assert (p.thinking, p.content, p.complete) == (nfc(thinking), nfc(content), True)
-    assert p.tool_calls == nfc(calls) and not p.invalid_tool_calls
+    assert p.tool_calls == json.loads(nfc(json.dumps(calls, ensure_ascii=False))) and not p.invalid_tool_calls
 
 
 markers = st.sampled_from([151643, 151644, 151645, 151657, 151658, 151667, 151668, 198, 271, 90, 92])
