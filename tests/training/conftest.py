@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from qwen3_model.config import Qwen3Config
 from training.config import Config
@@ -15,12 +14,8 @@ VOCAB, END = 64, 63
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """The models here are tiny: more threads would only wait for each other, long when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    pass
 
 
 @pytest.fixture
