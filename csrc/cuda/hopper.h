@@ -67,6 +67,11 @@ __device__ inline void tma_load_multicast(void* dst, const CUtensorMap* map, uin
       "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(dst)), "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y),
       "h"(ranks) : "memory");
 }
+// A run of bytes, a multiple of 16, between addresses that are multiples of 16.
+__device__ inline void bulk_load(void* dst, const void* src, uint64_t* bar, uint32_t bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(dst)), "l"(src), "r"(bytes), "r"(shared_address(bar)) : "memory");
+}
 __device__ inline void tma_prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -130,6 +135,33 @@ __device__ inline void wgmma_m64n128k16(float (&d)[64], const uint32_t (&a)[4], 
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" QWEN3_ACC64_NAMES "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
       : QWEN3_ACC32(d, 0), QWEN3_ACC32(d, 32)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+}
+
+// d[64 x 64] (+)= a[64 x 16] b[64 x 16]^T.
+__device__ inline void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
+      : QWEN3_ACC32(d, 0)
+      : "l"(a), "l"(b), "r"(int(accumulate)));
+}
+// d[64 x 128] (+)= a[16 x 64]^T b[16 x 128], both by transposed descriptors.
+__device__ inline void wgmma_m64n128k16_transposed(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" QWEN3_ACC64_NAMES "}, %64, %65, p, 1, 1, 1, 1;\n}"
+      : QWEN3_ACC32(d, 0), QWEN3_ACC32(d, 32)
+      : "l"(a), "l"(b), "r"(int(accumulate)));
+}
+// What this thread wrote to shared memory becomes visible to wgmma and TMA.
+__device__ inline void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Four 8 x 8 matrices of 16 bits, held like accumulators, to the rows of shared memory at whose addresses
+// lanes 8 i to 8 i + 7 point for matrix i.
+__device__ inline void store_matrices(uint32_t row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3]) : "memory");
 }
 
 // Transposes a 4 x 4 of registers among the four threads of a quad: thread q ends with the q-th register of all, so that

@@ -1,0 +1,468 @@
+// Backward of csrc/cuda/attention.cu: deterministic, without buffers or atomics for the gradients of keys and values.
+//
+// A CTA owns 128 keys of one key head and walks over the queries that see them, of every query head of the group, 64 at a
+// time; dK and dV stay in registers throughout. Each of its two multiplying warpgroups has 64 keys. A step is five products:
+// S^T = K Q^T and dP^T = V dO^T; dV += P^T dO and dK += dS^T Q, with P^T and dS^T from registers; dQ = dS K, with dS through
+// shared memory, which the warpgroups take by turns, so that each waits for the other only every second step and has the
+// wide operand that spares shared memory: 112 bytes a cycle (of 128) at the tensor cores' full rate. dQ goes from registers
+// straight to its sum in memory, in the registers' order; through shared memory it would be 137.
+//
+// dQ is a sum over CTAs, taken in a fixed order: every block of queries has a counter of the contributions that it has got,
+// and a contribution waits for its turn. No one waits in practice, because of how the work is dealt. Even key heads go from
+// the last block of keys (few queries see it) to the first, odd ones the other way, and the queries of a block of keys are
+// walked so that the CTA before in the order is always a step ahead: upwards from the diagonal for even heads; down to it
+// for odd ones, whose CTAs start one after another as the even heads' end. Both kinds together fill the processors evenly.
+// A contribution waits only for work dealt before it, so there is always one that can run.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/attention.h"
+#include "cuda/hopper.h"
+
+namespace qwen3::cuda {
+namespace {
+
+constexpr int kWidth = 128, kKeys = 128, kQueries = 64, kStages = 4;
+constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
+constexpr int kSlab = 64 * 128;              // bytes of 64 elements of 64 rows; of 128 rows twice that, in one piece
+constexpr int kKeyTile = 4 * kSlab, kQueryTile = 2 * kSlab;
+constexpr int kRows = kQueries * 4;          // bytes of a number a query
+constexpr int kShared = 3 * kKeyTile + 2 * kStages * (kQueryTile + kRows) + (5 + 4 * kStages) * 8 + kStages * 8 + 8;
+constexpr float kLog2e = 1.4426950408889634f;
+
+__device__ inline int blocks_of(int length) { return (length + kKeys - 1) / kKeys; }
+
+// The scratch is laid out by tiles of 128 tokens, of which every sequence has its own; packed documents leave gaps, so that
+// where a document begins follows from its first token alone.
+__device__ inline int first_tile(const AttentionBackward& a, int sequence) {
+  return a.cu_seqlens ? a.cu_seqlens[sequence] / kKeys + sequence : sequence * blocks_of(int(a.length));
+}
+
+__device__ inline int sequence_at(const AttentionBackward& a, int tile) {
+  if (a.cu_seqlens == nullptr) return tile / blocks_of(int(a.length));
+  int low = 0, high = int(a.sequences) - 1;  // the last one that begins at or before the tile
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    first_tile(a, middle) <= tile ? low = middle : high = middle - 1;
+  }
+  return low;
+}
+
+struct Sequence {
+  int batch, first_token, length;
+  int64_t row;  // of the first token in out and the gradients
+};
+
+__device__ inline Sequence sequence(const AttentionBackward& a, int s) {
+  if (a.cu_seqlens == nullptr) return {s, 0, int(a.length), s * a.length};
+  const int begin = a.cu_seqlens[s];
+  return {0, begin, a.cu_seqlens[s + 1] - begin, begin};
+}
+
+struct Work {
+  int sequence, key_block, k_head;
+};
+
+// What the ticket's CTA does; false for a ticket too many.
+__device__ inline bool deal(const AttentionBackward& a, int section, int ticket, Work& w) {
+  const int even = (int(a.k_heads) + 1) / 2, odd = int(a.k_heads) / 2;
+  if (a.cu_seqlens == nullptr) {
+    const int blocks = blocks_of(int(a.length)), all_even = int(a.sequences) * even, all_odd = int(a.sequences) * odd;
+    for (int first = 0; first < all_even; first += section) {
+      const int n_even = min(section, all_even - first), n_odd = max(min(section, all_odd - first), 0);
+      if (ticket < n_even * blocks) {
+        const int head = first + ticket % n_even;
+        w = {head / even, blocks - 1 - ticket / n_even, head % even * 2};
+        return true;
+      }
+      ticket -= n_even * blocks;
+      if (ticket < n_odd * blocks) {
+        const int head = first + ticket % n_odd;
+        w = {head / odd, ticket / n_odd, head % odd * 2 + 1};
+        return true;
+      }
+      ticket -= n_odd * blocks;
+    }
+    return false;
+  }
+  const int s = sequence_at(a, ticket / int(a.k_heads));
+  const int blocks = blocks_of(sequence(a, s).length);
+  ticket -= first_tile(a, s) * int(a.k_heads);
+  if (ticket < blocks * even) {
+    w = {s, blocks - 1 - ticket / even, ticket % even * 2};
+    return true;
+  }
+  ticket -= blocks * even;
+  w = {s, odd ? ticket / odd : 0, odd ? ticket % odd * 2 + 1 : 0};
+  return ticket < blocks * odd;
+}
+
+// What the multiplying warpgroups need to know of a step, so that no register of theirs is spent on the walk.
+struct Step {
+  int block;          // of dq_sum: 64 queries of a head
+  int16_t first;      // whether it is the first contribution to it
+  int16_t diagonal;   // of how many keys of the CTA's the first query sees nothing but itself; kKeys off the diagonal
+};
+
+// The steps of a CTA: blocks of queries, and in each the heads of the group.
+template <bool CAUSAL> struct Walk {
+  int first, blocks, group, block, head = 0, step = 0;  // block, head: of the queries; head within the group
+  bool rising;
+
+  __device__ Walk(const Work& w, int length, int group)
+      : first(CAUSAL ? w.key_block * (kKeys / kQueries) : 0), blocks((length + kQueries - 1) / kQueries), group(group),
+        rising(w.k_head % 2) {
+    block = CAUSAL && rising ? blocks - 1 : first;
+  }
+  __device__ int steps() const { return (blocks - first) * group; }
+  // Contributions to this block's dQ that come before that of the block of keys.
+  __device__ int before(int key_block) const {
+    const int last = (CAUSAL ? block : blocks - 1) / (kKeys / kQueries);
+    return rising ? key_block : last - key_block;
+  }
+  // Which block of all that there are, in the scratch.
+  __device__ int place(const Work& w, int first_tile, int q_heads) const {
+    constexpr int kPer = kKeys / kQueries;
+    return ((first_tile + block / kPer) * q_heads + w.k_head * group + head) * kPer + block % kPer;
+  }
+  __device__ void next() {
+    ++step;
+    if (++head < group) return;
+    head = 0;
+    block += CAUSAL && rising ? -1 : 1;
+  }
+};
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline uint32_t pack_pair(float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ inline void add_to(float* p, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+__device__ inline int load_acquire(const int* p) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+__device__ inline void store_release(int* p, int x) {
+  asm volatile("fence.acq_rel.gpu;\nst.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
+// A thread's share of 64 rows x 128 columns, as wgmma leaves it, to rows of bf16.
+__device__ inline void write_rows(const float (&x)[64], float scale, int first_row, int length, __nv_bfloat16* to, int64_t stride,
+                                  int quarter) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + 8 * half;
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 4 * (4 * g + i) + 2 * half;
+        packed[i] = pack_pair(x[at] * scale, x[at + 1] * scale);
+      }
+      quad_transpose(packed, quarter);
+      if (row < length)
+        *reinterpret_cast<uint4*>(to + row * stride + 8 * (4 * g + quarter)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+    }
+  }
+}
+
+// delta = dO . O and the log-sum-exp in powers of two, by head; counters to zero. A CTA has 128 tokens and 8 heads.
+__global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ AttentionBackward a) {
+  const int tile = blockIdx.x, q_heads = int(a.q_heads), s = sequence_at(a, tile), lane = threadIdx.x % 32;
+  const Sequence q = sequence(a, s);
+  const int first_row = (tile - first_tile(a, s)) * kKeys, first_head = blockIdx.y * 8, heads = min(8, q_heads - first_head);
+  if (threadIdx.x < 2 * heads) a.turns[(int64_t(tile) * q_heads + first_head) * 2 + threadIdx.x] = 0;
+  if (tile == 0 && blockIdx.y == 0 && threadIdx.x == 0) *a.ticket = 0;
+  if (first_row >= q.length) return;
+  const auto* out = static_cast<const __nv_bfloat16*>(a.out);
+  const auto* dout = static_cast<const __nv_bfloat16*>(a.dout.data) + q.batch * a.dout.batch;
+#pragma unroll 4
+  for (int i = threadIdx.x / 16; i < kKeys * 8; i += 16) {
+    const int row = first_row + i / 8, head = first_head + i % 8;
+    const bool live = row < q.length && i % 8 < heads;
+    float sum = 0;
+    if (live) {
+      const int column = lane % 16 * 8;
+      const uint4 x = *reinterpret_cast<const uint4*>(out + ((q.row + row) * q_heads + head) * kWidth + column);
+      const uint4 y = *reinterpret_cast<const uint4*>(dout + (q.first_token + row) * a.dout.token + head * a.dout.head + column);
+      const auto *xs = reinterpret_cast<const __nv_bfloat162*>(&x), *ys = reinterpret_cast<const __nv_bfloat162*>(&y);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 u = __bfloat1622float2(xs[j]), v = __bfloat1622float2(ys[j]);
+        sum = fmaf(u.x, v.x, fmaf(u.y, v.y, sum));
+      }
+    }
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (lane % 16 == 0 && i % 8 < heads) {
+      const int64_t at = (int64_t(tile) * q_heads + head) * kKeys + i / 8;
+      // Infinity makes the probabilities of rows beyond the sequence zero.
+      a.lse_log2[at] = live ? a.lse[(q.row + row) * q_heads + head] * kLog2e : INFINITY;
+      a.delta[at] = sum;
+    }
+  }
+}
+
+template <bool CAUSAL>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                    const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dout_map,
+                    const __grid_constant__ AttentionBackward a, int section) {
+  extern __shared__ __align__(1024) uint8_t k_tile[];
+  uint8_t *const v_tile = k_tile + kKeyTile, *const ds_tiles = v_tile + kKeyTile, *const q_tiles = ds_tiles + kKeyTile;
+  uint8_t* const dout_tiles = q_tiles + kStages * kQueryTile;
+  float* const lse_rows = reinterpret_cast<float*>(dout_tiles + kStages * kQueryTile);
+  float* const delta_rows = lse_rows + kStages * kQueries;
+  uint64_t* const keys_full = reinterpret_cast<uint64_t*>(delta_rows + kStages * kQueries);
+  uint64_t *const turn = keys_full + 1, *const issued = turn + 2, *const q_full = issued + 2, *const q_empty = q_full + kStages;
+  uint64_t *const dout_full = q_empty + kStages, *const dout_empty = dout_full + kStages;
+  Step* const step_of = reinterpret_cast<Step*>(dout_empty + kStages);
+  int* const ticket = reinterpret_cast<int*>(step_of + kStages);
+
+  if (threadIdx.x == 0) {
+    tma_prefetch_map(&q_map), tma_prefetch_map(&k_map), tma_prefetch_map(&v_map), tma_prefetch_map(&dout_map);
+    barrier_init(keys_full, 1);
+    for (int i = 0; i < 2; ++i) barrier_init(turn + i, 1), barrier_init(issued + i, 4);
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(q_full + i, 1), barrier_init(dout_full + i, 1);
+      barrier_init(q_empty + i, kConsumers), barrier_init(dout_empty + i, kConsumers);
+    }
+    barrier_init_fence();
+    *ticket = atomicAdd(a.ticket, 1);  // CTAs start in the order in which work is dealt
+  }
+  __syncthreads();
+
+  Work w;
+  if (!deal(a, section, *ticket, w)) return;
+  const Sequence s = sequence(a, w.sequence);
+  const int q_heads = int(a.q_heads), group = q_heads / int(a.k_heads);
+  Walk<CAUSAL> walk(w, s.length, group);
+  const int steps = walk.steps();
+
+  if (threadIdx.x < 128) {
+    registers_release<24>();
+    const int base = first_tile(a, w.sequence);
+    if (threadIdx.x == 0) {
+      const auto load = [&](uint8_t* tile, const CUtensorMap* map, uint64_t* full, int slab, int head, int row) {
+        for (int i = 0; i < kWidth / 64; ++i) tma_load(tile + i * slab, map, full, i * 64, head, s.first_token + row, s.batch);
+      };
+      barrier_expect_bytes(keys_full, 2 * kKeyTile);
+      load(k_tile, &k_map, keys_full, 2 * kSlab, w.k_head, w.key_block * kKeys);
+      load(v_tile, &v_map, keys_full, 2 * kSlab, w.k_head, w.key_block * kKeys);
+#pragma unroll 1
+      for (; walk.step < steps; walk.next()) {
+        const int stage = walk.step % kStages, head = w.k_head * group + walk.head, row = walk.block * kQueries;
+        const uint32_t phase = walk.step / kStages % 2 ^ 1;
+        const int place = walk.place(w, base, q_heads);
+        const int64_t rows = int64_t(place) * kQueries;
+        barrier_wait(q_empty + stage, phase);
+        step_of[stage] = {place, int16_t(walk.before(w.key_block) == 0),
+                          int16_t(CAUSAL ? min(row - w.key_block * kKeys, kKeys) : kKeys)};
+        barrier_expect_bytes(q_full + stage, kQueryTile + kRows);
+        load(q_tiles + stage * kQueryTile, &q_map, q_full + stage, kSlab, head, row);
+        bulk_load(lse_rows + stage * kQueries, a.lse_log2 + rows, q_full + stage, kRows);
+        barrier_wait(dout_empty + stage, phase);
+        barrier_expect_bytes(dout_full + stage, kQueryTile + kRows);
+        load(dout_tiles + stage * kQueryTile, &dout_map, dout_full + stage, kSlab, head, row);
+        bulk_load(delta_rows + stage * kQueries, a.delta + rows, dout_full + stage, kRows);
+      }
+    } else if (threadIdx.x == 32 || threadIdx.x == 64) {  // keep the order of a warpgroup's contributions to dQ
+      const int consumer = threadIdx.x / 64;
+#pragma unroll 1
+      for (; walk.step < steps; walk.next()) {
+        if (walk.step % 2 != consumer) continue;
+        int* const counter = a.turns + walk.place(w, base, q_heads);
+        const int before = walk.before(w.key_block);
+        while (load_acquire(counter) != before) {}
+        barrier_arrive(turn + consumer);
+        barrier_wait(issued + consumer, walk.step / 2 % 2);
+        store_release(counter, before + 1);
+      }
+    }
+    return;
+  }
+
+  registers_take<240>();
+  const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quarter = lane % 4;
+  const int local_key = consumer * 64 + warp * 16 + lane / 4, live_keys = s.length - w.key_block * kKeys;
+  // Where a lane's row of four 8 x 8 matrices of dS^T goes, but for the column: rows are keys.
+  const uint32_t ds_row = shared_address(ds_tiles + (consumer * 64 + warp * 16 + lane % 16) * 128);
+  const auto product = [](float (&x)[32], const uint8_t* keys, const uint8_t* queries) {  // x = keys queries^T, 64 of each
+#pragma unroll
+    for (int j = 0; j < kWidth / 16; ++j)
+      wgmma_m64n64k16(x, matrix_descriptor(keys) + ((j / 4 * 2 * kSlab + j % 4 * 32) >> 4),
+                      matrix_descriptor(queries) + ((j / 4 * kSlab + j % 4 * 32) >> 4), j > 0);
+    wgmma_commit();
+  };
+  const auto sum = [](float (&x)[64], const uint32_t (&keys)[4][4], const uint8_t* queries, bool more) {
+#pragma unroll
+    for (int j = 0; j < kQueries / 16; ++j)
+      wgmma_m64n128k16(x, keys[j], matrix_descriptor_transposed(queries, kSlab) + (j * 16 * 128 >> 4), more || j > 0);
+    wgmma_commit();
+  };
+
+  float dk[64], dv[64];
+  barrier_wait(keys_full, 0);
+  // Named barriers: 1 and 2, dS of an even or odd step is there; 3 and 4, it has been read by the warpgroup whose turn it is.
+  named_arrive(3 + consumer, 256);
+
+  for (int step = 0; step < steps; ++step) {
+    const int stage = step % kStages;
+    const uint32_t phase = step / kStages % 2;
+    const uint8_t *const q_tile = q_tiles + stage * kQueryTile, *const dout_tile = dout_tiles + stage * kQueryTile;
+    float p[32], dp[32];
+    uint32_t packed[4][4];
+
+    barrier_wait(q_full + stage, phase);
+    wgmma_fence();
+    product(p, k_tile + consumer * kSlab, q_tile);
+    barrier_wait(dout_full + stage, phase);
+    wgmma_fence();
+    product(dp, v_tile + consumer * kSlab, dout_tile);
+    wgmma_wait<1>();
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 shift = reinterpret_cast<const float2*>(lse_rows + stage * kQueries)[quarter + 4 * j];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        p[4 * j + 2 * half] = exp2_fast(fmaf(p[4 * j + 2 * half], a.scale_log2, -shift.x));
+        p[4 * j + 2 * half + 1] = exp2_fast(fmaf(p[4 * j + 2 * half + 1], a.scale_log2, -shift.y));
+      }
+    }
+    const int diagonal = step_of[stage].diagonal;
+    if (live_keys < kKeys || diagonal < kKeys) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int query = i / 4 * 8 + 2 * quarter + i % 2, key = local_key + i / 2 % 2 * 8;
+        if (key >= live_keys || key > query + diagonal) p[i] = 0;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) packed[i / 4][i % 4] = pack_pair(p[2 * i], p[2 * i + 1]);
+    wgmma_fence();
+    sum(dv, packed, dout_tile, step > 0);
+    wgmma_wait<1>();
+    uint32_t ds[4][4];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float2 shift = reinterpret_cast<const float2*>(delta_rows + stage * kQueries)[quarter + i / 2 * 4];
+      ds[i / 4][i % 4] = pack_pair(p[2 * i] * (dp[2 * i] - shift.x), p[2 * i + 1] * (dp[2 * i + 1] - shift.y));
+    }
+    const int reader = step % 2;  // the warpgroup that multiplies this step's dS by the keys
+    if (reader != consumer) named_sync(3 + reader, 256);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) store_matrices(ds_row + reader * 2 * kSlab + ((2 * j + lane / 16) ^ lane % 8) * 16, ds[j]);
+    shared_fence();
+    wgmma_fence();
+    sum(dk, ds, q_tile, step > 0);
+    if (reader != consumer) {
+      named_arrive(1 + reader, 256);
+      wgmma_wait<0>();
+    } else {
+      float dq[64];
+      named_sync(1 + reader, 256);
+      wgmma_wait<0>();  // dV and dK are done, and their operands' registers free for dQ
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < kKeys / 16; ++j)
+        wgmma_m64n128k16_transposed(dq, matrix_descriptor_transposed(ds_tiles + reader * 2 * kSlab, 0) + (j * 16 * 128 >> 4),
+                                    matrix_descriptor_transposed(k_tile, 2 * kSlab) + (j * 16 * 128 >> 4), j > 0);
+      wgmma_commit();
+      wgmma_wait<0>();
+      if (step + 2 < steps) named_arrive(3 + reader, 256);
+      const Step at = step_of[stage];
+      float* const to = a.dq_sum + int64_t(at.block) * kQueries * kWidth + threadIdx.x % 128 * 4;
+      barrier_wait(turn + reader, step / 2 % 2);
+      if (at.first) {
+#pragma unroll
+        for (int j = 0; j < 16; ++j) *reinterpret_cast<float4*>(to + j * 512) = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 16; ++j) add_to(to + j * 512, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(issued + reader);
+    }
+    if (threadIdx.x % 128 == 0) barrier_arrive(q_empty + stage), barrier_arrive(dout_empty + stage);
+  }
+
+  const int64_t stride = a.k_heads * kWidth, at = (s.row * a.k_heads + w.k_head) * kWidth;
+  const int first_row = w.key_block * kKeys + local_key;
+  write_rows(dk, a.scale, first_row, s.length, static_cast<__nv_bfloat16*>(a.dk) + at, stride, quarter);
+  write_rows(dv, 1.f, first_row, s.length, static_cast<__nv_bfloat16*>(a.dv) + at, stride, quarter);
+}
+
+// dQ from its sums, which lie as the threads of two warpgroups hold them. A CTA has 128 tokens of a head.
+__global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ AttentionBackward a) {
+  const int tile = blockIdx.x, q_heads = int(a.q_heads), head = blockIdx.y, s = sequence_at(a, tile);
+  const Sequence q = sequence(a, s);
+  const int first_row = (tile - first_tile(a, s)) * kKeys;
+  if (first_row >= q.length) return;
+  const int thread = threadIdx.x % 128;
+  const float* from = a.dq_sum + (int64_t(tile) * q_heads + head) * kKeys * kWidth + threadIdx.x / 128 * 64 * kWidth + thread * 4;
+  float x[64];
+#pragma unroll
+  for (int j = 0; j < 16; ++j) {
+    const float4 y = __ldcs(reinterpret_cast<const float4*>(from + j * 512));
+    x[4 * j] = y.x, x[4 * j + 1] = y.y, x[4 * j + 2] = y.z, x[4 * j + 3] = y.w;
+  }
+  auto* to = static_cast<__nv_bfloat16*>(a.dq) + (q.row * q_heads + head) * kWidth;
+  write_rows(x, a.scale, first_row + threadIdx.x / 128 * 64 + thread / 32 * 16 + thread % 32 / 4, q.length, to, a.q_heads * kWidth,
+             thread % 4);
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("attention_backward: ") + cudaGetErrorString(error));
+}
+
+CUtensorMap heads_map(const AttentionBackward& a, const Heads& x, int64_t heads, int tokens) {
+  const int64_t batches = a.cu_seqlens ? 1 : a.sequences;
+  // A batch of one may have any stride; TMA wants a multiple of 16 bytes.
+  const int64_t batch = batches == 1 ? a.length * x.token : x.batch;
+  return tensor_map<4>(x.data, {kWidth, heads, a.length, batches}, {x.head, x.token, batch}, {64, 1, tokens, 1});
+}
+
+template <bool CAUSAL> void launch(AttentionBackward a, cudaStream_t stream) {
+  static const int sms = [] {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    check(cudaFuncSetAttribute(backward_kernel<CAUSAL>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+    return count;
+  }();
+  a.scale_log2 = a.scale * kLog2e;
+  const int64_t tiles = attention_backward_tiles(a.cu_seqlens != nullptr, a.sequences, a.length);
+  if (tiles * a.q_heads > INT32_MAX / 2) throw std::invalid_argument("attention: more than 2^30 tiles of 128 queries and a head");
+  const int64_t blocks = std::max<int64_t>((a.length + kKeys - 1) / kKeys, 1);
+  const int section = int(std::min(std::max<int64_t>(sms / blocks, 1), a.sequences * ((a.k_heads + 1) / 2)));
+  prepare_kernel<<<dim3(unsigned(tiles), unsigned((a.q_heads + 7) / 8)), 256, 0, stream>>>(a);
+  backward_kernel<CAUSAL><<<unsigned(tiles * a.k_heads), kThreads, kShared, stream>>>(
+      heads_map(a, a.q, a.q_heads, kQueries), heads_map(a, a.k, a.k_heads, kKeys), heads_map(a, a.v, a.k_heads, kKeys),
+      heads_map(a, a.dout, a.q_heads, kQueries), a, section);
+  finish_kernel<<<dim3(unsigned(tiles), unsigned(a.q_heads)), 256, 0, stream>>>(a);
+  check(cudaGetLastError());
+}
+
+}  // namespace
+
+int64_t attention_backward_tiles(bool packed, int64_t sequences, int64_t length) {
+  return packed ? length / kKeys + sequences : (length + kKeys - 1) / kKeys * sequences;
+}
+
+void attention_backward(const AttentionBackward& a, uintptr_t stream) {
+  if (!(a.scale > 0)) throw std::invalid_argument("attention: the scale must be above 0");
+  a.causal ? launch<true>(a, reinterpret_cast<cudaStream_t>(stream)) : launch<false>(a, reinterpret_cast<cudaStream_t>(stream));
+}
+
+}  // namespace qwen3::cuda
