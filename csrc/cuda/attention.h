@@ -31,6 +31,7 @@ struct AttentionBackward {
   float* dq_sum;            // [tiles, q_heads, 2, 64 * 128]
   int32_t* turns;           // [tiles, q_heads, 2]
   int32_t* ticket;          // [1]
+  int variant = 0;
   float scale_log2 = 0;     // set by the launch
 };
 

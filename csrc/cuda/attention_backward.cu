@@ -22,12 +22,13 @@
 namespace qwen3::cuda {
 namespace {
 
-constexpr int kWidth = 128, kKeys = 128, kQueries = 64, kStages = 4;
+constexpr int kWidth = 128, kKeys = 128, kQueries = 64, kStages = 3;
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
 constexpr int kSlab = 64 * 128;              // bytes of 64 elements of 64 rows; of 128 rows twice that, in one piece
 constexpr int kKeyTile = 4 * kSlab, kQueryTile = 2 * kSlab;
 constexpr int kRows = kQueries * 4;          // bytes of a number a query
-constexpr int kShared = 3 * kKeyTile + 2 * kStages * (kQueryTile + kRows) + (5 + 4 * kStages) * 8 + kStages * 8 + 8;
+constexpr int kSums = kQueries * kWidth * 4;  // bytes of a block of dQ
+constexpr int kShared = 3 * kKeyTile + kSums + 2 * kStages * (kQueryTile + kRows) + (5 + 4 * kStages) * 8 + (kStages + 1) * 4;
 constexpr float kLog2e = 1.4426950408889634f;
 
 __device__ inline int blocks_of(int length) { return (length + kKeys - 1) / kKeys; }
@@ -59,77 +60,53 @@ __device__ inline Sequence sequence(const AttentionBackward& a, int s) {
   return {0, begin, a.cu_seqlens[s + 1] - begin, begin};
 }
 
+// What a CTA does: one or two blocks of keys of a head.
 struct Work {
-  int sequence, key_block, k_head;
+  int sequence, k_head, index;
 };
 
-// What the ticket's CTA does; false for a ticket too many.
-__device__ inline bool deal(const AttentionBackward& a, int section, int ticket, Work& w) {
-  const int even = (int(a.k_heads) + 1) / 2, odd = int(a.k_heads) / 2;
-  if (a.cu_seqlens == nullptr) {
-    const int blocks = blocks_of(int(a.length)), all_even = int(a.sequences) * even, all_odd = int(a.sequences) * odd;
-    for (int first = 0; first < all_even; first += section) {
-      const int n_even = min(section, all_even - first), n_odd = max(min(section, all_odd - first), 0);
-      if (ticket < n_even * blocks) {
-        const int head = first + ticket % n_even;
-        w = {head / even, blocks - 1 - ticket / n_even, head % even * 2};
-        return true;
-      }
-      ticket -= n_even * blocks;
-      if (ticket < n_odd * blocks) {
-        const int head = first + ticket % n_odd;
-        w = {head / odd, ticket / n_odd, head % odd * 2 + 1};
-        return true;
-      }
-      ticket -= n_odd * blocks;
-    }
-    return false;
-  }
-  const int s = sequence_at(a, ticket / int(a.k_heads));
-  const int blocks = blocks_of(sequence(a, s).length);
-  ticket -= first_tile(a, s) * int(a.k_heads);
-  if (ticket < blocks * even) {
-    w = {s, blocks - 1 - ticket / even, ticket % even * 2};
-    return true;
-  }
-  ticket -= blocks * even;
-  w = {s, odd ? ticket / odd : 0, odd ? ticket % odd * 2 + 1 : 0};
-  return ticket < blocks * odd;
+// The ticket's work; false for a ticket too many.
+__device__ inline bool deal(const AttentionBackward& a, bool paired, int ticket, Work& w) {
+  const int s = a.cu_seqlens ? sequence_at(a, ticket / int(a.k_heads)) : 0;
+  if (a.cu_seqlens) ticket -= first_tile(a, s) * int(a.k_heads);
+  const int blocks = blocks_of(sequence(a, s).length), each = paired ? (blocks + 1) / 2 : blocks;
+  if (each == 0) return false;
+  const int head = ticket / each;
+  w = {a.cu_seqlens ? s : head / int(a.k_heads), head % int(a.k_heads), ticket % each};
+  return !a.cu_seqlens || head < int(a.k_heads);
 }
 
-// What the multiplying warpgroups need to know of a step, so that no register of theirs is spent on the walk.
-struct Step {
-  int block;          // of dq_sum: 64 queries of a head
-  int16_t first;      // whether it is the first contribution to it
-  int16_t diagonal;   // of how many keys of the CTA's the first query sees nothing but itself; kKeys off the diagonal
-};
-
-// The steps of a CTA: blocks of queries, and in each the heads of the group.
+// The steps of a CTA: for each of its blocks of keys the blocks of queries, and for each of these the heads of the group.
+// The first block of keys sees the queries from the last to the first, the second one the other way round.
 template <bool CAUSAL> struct Walk {
-  int first, blocks, group, block, head = 0, step = 0;  // block, head: of the queries; head within the group
-  bool rising;
+  static constexpr int kPer = kKeys / kQueries;
+  int index, k_blocks, q_blocks, group;
+  bool paired;
+  int part = 0, key_block = 0, first = 0, block = 0, head = 0, step = 0;  // block, head: of the queries; head within the group
 
-  __device__ Walk(const Work& w, int length, int group)
-      : first(CAUSAL ? w.key_block * (kKeys / kQueries) : 0), blocks((length + kQueries - 1) / kQueries), group(group),
-        rising(w.k_head % 2) {
-    block = CAUSAL && rising ? blocks - 1 : first;
+  __device__ Walk(int index, int length, int group, bool paired)
+      : index(index), k_blocks(blocks_of(length)), q_blocks((length + kQueries - 1) / kQueries), group(group), paired(paired) {}
+  __device__ int firsts() const { return paired ? (k_blocks + 1) / 2 : k_blocks; }  // blocks of keys that are some CTA's first
+  __device__ int parts() const { return k_blocks - 1 - index >= firsts() ? 2 : 1; }
+  __device__ void begin(int which) {
+    part = which, head = 0;
+    key_block = part ? k_blocks - 1 - index : index;
+    first = CAUSAL ? key_block * kPer : 0;
+    block = part ? first : q_blocks - 1;
   }
-  __device__ int steps() const { return (blocks - first) * group; }
-  // Contributions to this block's dQ that come before that of the block of keys.
-  __device__ int before(int key_block) const {
-    const int last = (CAUSAL ? block : blocks - 1) / (kKeys / kQueries);
-    return rising ? key_block : last - key_block;
-  }
-  // Which block of all that there are, in the scratch.
-  __device__ int place(const Work& w, int first_tile, int q_heads) const {
-    constexpr int kPer = kKeys / kQueries;
-    return ((first_tile + block / kPer) * q_heads + w.k_head * group + head) * kPer + block % kPer;
-  }
+  __device__ int steps() const { return (q_blocks - first) * group; }
+  __device__ bool more() const { return block >= first && block < q_blocks; }
   __device__ void next() {
     ++step;
     if (++head < group) return;
     head = 0;
-    block += CAUSAL && rising ? -1 : 1;
+    block += part ? 1 : -1;
+  }
+  // Contributions to this block's dQ that come before this one.
+  __device__ int before() const { return part ? firsts() + (CAUSAL ? block / kPer : k_blocks - 1) - key_block : key_block; }
+  // Which block of all that there are, in the scratch.
+  __device__ int place(const Work& w, int first_tile, int q_heads) const {
+    return ((first_tile + block / kPer) * q_heads + w.k_head * group + head) * kPer + block % kPer;
   }
 };
 
@@ -144,9 +121,6 @@ __device__ inline uint32_t pack_pair(float a, float b) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-__device__ inline void add_to(float* p, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
 __device__ inline int load_acquire(const int* p) {
   int x;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
@@ -177,18 +151,19 @@ __device__ inline void write_rows(const float (&x)[64], float scale, int first_r
   }
 }
 
-// delta = dO . O and the log-sum-exp in powers of two, by head; counters to zero. A CTA has 128 tokens and 8 heads.
+// delta = dO . O and the log-sum-exp in powers of two, by head; counters to zero. A CTA has 32 tokens and 8 heads.
 __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ AttentionBackward a) {
+  constexpr int kRowsHere = 32;
   const int tile = blockIdx.x, q_heads = int(a.q_heads), s = sequence_at(a, tile), lane = threadIdx.x % 32;
   const Sequence q = sequence(a, s);
-  const int first_row = (tile - first_tile(a, s)) * kKeys, first_head = blockIdx.y * 8, heads = min(8, q_heads - first_head);
-  if (threadIdx.x < 2 * heads) a.turns[(int64_t(tile) * q_heads + first_head) * 2 + threadIdx.x] = 0;
-  if (tile == 0 && blockIdx.y == 0 && threadIdx.x == 0) *a.ticket = 0;
-  if (first_row >= q.length) return;
+  const int tile_row = (tile - first_tile(a, s)) * kKeys, first_row = tile_row + blockIdx.z * kRowsHere, first_head = blockIdx.y * 8, heads = min(8, q_heads - first_head);
+  if (blockIdx.z == 0 && threadIdx.x < 2 * heads) a.turns[(int64_t(tile) * q_heads + first_head) * 2 + threadIdx.x] = 0;
+  if (tile == 0 && blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x == 0) *a.ticket = 0;
+  if (tile_row >= q.length) return;
   const auto* out = static_cast<const __nv_bfloat16*>(a.out);
   const auto* dout = static_cast<const __nv_bfloat16*>(a.dout.data) + q.batch * a.dout.batch;
 #pragma unroll 4
-  for (int i = threadIdx.x / 16; i < kKeys * 8; i += 16) {
+  for (int i = threadIdx.x / 16; i < kRowsHere * 8; i += 16) {
     const int row = first_row + i / 8, head = first_head + i % 8;
     const bool live = row < q.length && i % 8 < heads;
     float sum = 0;
@@ -206,7 +181,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ At
 #pragma unroll
     for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
     if (lane % 16 == 0 && i % 8 < heads) {
-      const int64_t at = (int64_t(tile) * q_heads + head) * kKeys + i / 8;
+      const int64_t at = (int64_t(tile) * q_heads + head) * kKeys + blockIdx.z * kRowsHere + i / 8;
       // Infinity makes the probabilities of rows beyond the sequence zero.
       a.lse_log2[at] = live ? a.lse[(q.row + row) * q_heads + head] * kLog2e : INFINITY;
       a.delta[at] = sum;
@@ -218,22 +193,21 @@ template <bool CAUSAL>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                     const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dout_map,
-                    const __grid_constant__ AttentionBackward a, int section) {
+                    const __grid_constant__ AttentionBackward a, bool paired) {
   extern __shared__ __align__(1024) uint8_t k_tile[];
   uint8_t *const v_tile = k_tile + kKeyTile, *const ds_tiles = v_tile + kKeyTile, *const q_tiles = ds_tiles + kKeyTile;
-  uint8_t* const dout_tiles = q_tiles + kStages * kQueryTile;
-  float* const lse_rows = reinterpret_cast<float*>(dout_tiles + kStages * kQueryTile);
+  uint8_t *const dout_tiles = q_tiles + kStages * kQueryTile, *const dq_tile = dout_tiles + kStages * kQueryTile;
+  float* const lse_rows = reinterpret_cast<float*>(dq_tile + kSums);
   float* const delta_rows = lse_rows + kStages * kQueries;
   uint64_t* const keys_full = reinterpret_cast<uint64_t*>(delta_rows + kStages * kQueries);
-  uint64_t *const turn = keys_full + 1, *const issued = turn + 2, *const q_full = issued + 2, *const q_empty = q_full + kStages;
+  uint64_t *const keys_empty = keys_full + 1, *const dq_full = keys_empty + 1, *const dq_empty = dq_full + 2, *const q_full = dq_empty + 1, *const q_empty = q_full + kStages;
   uint64_t *const dout_full = q_empty + kStages, *const dout_empty = dout_full + kStages;
-  Step* const step_of = reinterpret_cast<Step*>(dout_empty + kStages);
-  int* const ticket = reinterpret_cast<int*>(step_of + kStages);
+  int *const visible = reinterpret_cast<int*>(dout_empty + kStages);  // keys that a stage's first query sees before its own
+  int* const ticket = visible + kStages;
 
   if (threadIdx.x == 0) {
     tma_prefetch_map(&q_map), tma_prefetch_map(&k_map), tma_prefetch_map(&v_map), tma_prefetch_map(&dout_map);
-    barrier_init(keys_full, 1);
-    for (int i = 0; i < 2; ++i) barrier_init(turn + i, 1), barrier_init(issued + i, 4);
+    barrier_init(keys_full, 1), barrier_init(keys_empty, kConsumers), barrier_init(dq_full, 128), barrier_init(dq_full + 1, 128), barrier_init(dq_empty, 1);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(q_full + i, 1), barrier_init(dout_full + i, 1);
       barrier_init(q_empty + i, kConsumers), barrier_init(dout_empty + i, kConsumers);
@@ -244,11 +218,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   Work w;
-  if (!deal(a, section, *ticket, w)) return;
+  if (!deal(a, paired, *ticket, w)) return;
   const Sequence s = sequence(a, w.sequence);
   const int q_heads = int(a.q_heads), group = q_heads / int(a.k_heads);
-  Walk<CAUSAL> walk(w, s.length, group);
-  const int steps = walk.steps();
+  Walk<CAUSAL> walk(w.index, s.length, group, paired);
+  const int parts = walk.parts();
 
   if (threadIdx.x < 128) {
     registers_release<24>();
@@ -257,37 +231,47 @@ __global__ void __launch_bounds__(kThreads, 1)
       const auto load = [&](uint8_t* tile, const CUtensorMap* map, uint64_t* full, int slab, int head, int row) {
         for (int i = 0; i < kWidth / 64; ++i) tma_load(tile + i * slab, map, full, i * 64, head, s.first_token + row, s.batch);
       };
-      barrier_expect_bytes(keys_full, 2 * kKeyTile);
-      load(k_tile, &k_map, keys_full, 2 * kSlab, w.k_head, w.key_block * kKeys);
-      load(v_tile, &v_map, keys_full, 2 * kSlab, w.k_head, w.key_block * kKeys);
 #pragma unroll 1
-      for (; walk.step < steps; walk.next()) {
-        const int stage = walk.step % kStages, head = w.k_head * group + walk.head, row = walk.block * kQueries;
-        const uint32_t phase = walk.step / kStages % 2 ^ 1;
-        const int place = walk.place(w, base, q_heads);
-        const int64_t rows = int64_t(place) * kQueries;
-        barrier_wait(q_empty + stage, phase);
-        step_of[stage] = {place, int16_t(walk.before(w.key_block) == 0),
-                          int16_t(CAUSAL ? min(row - w.key_block * kKeys, kKeys) : kKeys)};
-        barrier_expect_bytes(q_full + stage, kQueryTile + kRows);
-        load(q_tiles + stage * kQueryTile, &q_map, q_full + stage, kSlab, head, row);
-        bulk_load(lse_rows + stage * kQueries, a.lse_log2 + rows, q_full + stage, kRows);
-        barrier_wait(dout_empty + stage, phase);
-        barrier_expect_bytes(dout_full + stage, kQueryTile + kRows);
-        load(dout_tiles + stage * kQueryTile, &dout_map, dout_full + stage, kSlab, head, row);
-        bulk_load(delta_rows + stage * kQueries, a.delta + rows, dout_full + stage, kRows);
+      for (int part = 0; part < parts; ++part) {
+        walk.begin(part);
+        if (part) barrier_wait(keys_empty, 0);
+        barrier_expect_bytes(keys_full, 2 * kKeyTile);
+        load(k_tile, &k_map, keys_full, 2 * kSlab, w.k_head, walk.key_block * kKeys);
+        load(v_tile, &v_map, keys_full, 2 * kSlab, w.k_head, walk.key_block * kKeys);
+#pragma unroll 1
+        for (; walk.more(); walk.next()) {
+          const int stage = walk.step % kStages, head = w.k_head * group + walk.head, row = walk.block * kQueries;
+          const uint32_t phase = walk.step / kStages % 2 ^ 1;
+          const int64_t rows = int64_t(walk.place(w, base, q_heads)) * kQueries;
+          barrier_wait(q_empty + stage, phase);
+          visible[stage] = CAUSAL ? min(row - walk.key_block * kKeys, kKeys) : kKeys;
+          barrier_expect_bytes(q_full + stage, kQueryTile + kRows);
+          load(q_tiles + stage * kQueryTile, &q_map, q_full + stage, kSlab, head, row);
+          bulk_load(lse_rows + stage * kQueries, a.lse_log2 + rows, q_full + stage, kRows);
+          barrier_wait(dout_empty + stage, phase);
+          barrier_expect_bytes(dout_full + stage, kQueryTile + kRows);
+          load(dout_tiles + stage * kQueryTile, &dout_map, dout_full + stage, kSlab, head, row);
+          bulk_load(delta_rows + stage * kQueries, a.delta + rows, dout_full + stage, kRows);
+        }
       }
-    } else if (threadIdx.x == 32 || threadIdx.x == 64) {  // keep the order of a warpgroup's contributions to dQ
+    } else if (threadIdx.x == 32 || threadIdx.x == 64) {  // add a warpgroup's contributions to dQ when their turn comes
       const int consumer = threadIdx.x / 64;
 #pragma unroll 1
-      for (; walk.step < steps; walk.next()) {
-        if (walk.step % 2 != consumer) continue;
-        int* const counter = a.turns + walk.place(w, base, q_heads);
-        const int before = walk.before(w.key_block);
-        while (load_acquire(counter) != before) {}
-        barrier_arrive(turn + consumer);
-        barrier_wait(issued + consumer, walk.step / 2 % 2);
-        store_release(counter, before + 1);
+      for (int part = 0; part < parts; ++part) {
+#pragma unroll 1
+        for (walk.begin(part); walk.more(); walk.next()) {
+          if (walk.step % 2 != consumer) continue;
+          const int place = walk.place(w, base, q_heads), before = walk.before();
+          while (!(a.variant & 2) && load_acquire(a.turns + place) != before) {}
+          barrier_wait(dq_full + consumer, walk.step / 2 % 2);
+          float* const to = a.dq_sum + int64_t(place) * kQueries * kWidth;
+          before == 0 ? bulk_store(to, dq_tile, kSums) : bulk_add(to, dq_tile, kSums);
+          bulk_commit();
+          bulk_wait_read();
+          barrier_arrive(dq_empty);
+          bulk_wait();
+          store_release(a.turns + place, before + 1);
+        }
       }
     }
     return;
@@ -295,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   registers_take<240>();
   const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quarter = lane % 4;
-  const int local_key = consumer * 64 + warp * 16 + lane / 4, live_keys = s.length - w.key_block * kKeys;
+  const int local_key = consumer * 64 + warp * 16 + lane / 4;
   // Where a lane's row of four 8 x 8 matrices of dS^T goes, but for the column: rows are keys.
   const uint32_t ds_row = shared_address(ds_tiles + (consumer * 64 + warp * 16 + lane % 16) * 128);
   const auto product = [](float (&x)[32], const uint8_t* keys, const uint8_t* queries) {  // x = keys queries^T, 64 of each
@@ -313,11 +297,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   float dk[64], dv[64];
-  barrier_wait(keys_full, 0);
   // Named barriers: 1 and 2, dS of an even or odd step is there; 3 and 4, it has been read by the warpgroup whose turn it is.
   named_arrive(3 + consumer, 256);
+  int step = 0, steps = 0;
+  if (parts == 2) walk.begin(1), steps = walk.steps();
+  walk.begin(0), steps += walk.steps();
 
-  for (int step = 0; step < steps; ++step) {
+  for (int part = 0; part < parts; ++part) {
+  walk.begin(part);
+  const int live_keys = s.length - walk.key_block * kKeys, first_step = step, last_step = step + walk.steps();
+  const bool lonely = walk.key_block == 0 && (CAUSAL || s.length == 1);  // the first query sees one key
+  barrier_wait(keys_full, part);
+  for (; step < last_step; ++step) {
     const int stage = step % kStages;
     const uint32_t phase = step / kStages % 2;
     const uint8_t *const q_tile = q_tiles + stage * kQueryTile, *const dout_tile = dout_tiles + stage * kQueryTile;
@@ -340,19 +331,20 @@ __global__ void __launch_bounds__(kThreads, 1)
         p[4 * j + 2 * half + 1] = exp2_fast(fmaf(p[4 * j + 2 * half + 1], a.scale_log2, -shift.y));
       }
     }
-    const int diagonal = step_of[stage].diagonal;
-    if (live_keys < kKeys || diagonal < kKeys) {
+    const int before = visible[stage];
+    if (live_keys < kKeys || before < kKeys) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
         const int query = i / 4 * 8 + 2 * quarter + i % 2, key = local_key + i / 2 % 2 * 8;
-        if (key >= live_keys || key > query + diagonal) p[i] = 0;
+        if (key >= live_keys || key > query + before) p[i] = 0;
       }
     }
 #pragma unroll
     for (int i = 0; i < 16; ++i) packed[i / 4][i % 4] = pack_pair(p[2 * i], p[2 * i + 1]);
     wgmma_fence();
-    sum(dv, packed, dout_tile, step > 0);
+    sum(dv, packed, dout_tile, step > first_step);
     wgmma_wait<1>();
+    if (lonely && before % kKeys == 0 && quarter == 0) dp[0] = dp[2] = delta_rows[stage * kQueries];  // exactly zero
     uint32_t ds[4][4];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -365,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int j = 0; j < 4; ++j) store_matrices(ds_row + reader * 2 * kSlab + ((2 * j + lane / 16) ^ lane % 8) * 16, ds[j]);
     shared_fence();
     wgmma_fence();
-    sum(dk, ds, q_tile, step > 0);
+    sum(dk, ds, q_tile, step > first_step);
     if (reader != consumer) {
       named_arrive(1 + reader, 256);
       wgmma_wait<0>();
@@ -381,26 +373,22 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_commit();
       wgmma_wait<0>();
       if (step + 2 < steps) named_arrive(3 + reader, 256);
-      const Step at = step_of[stage];
-      float* const to = a.dq_sum + int64_t(at.block) * kQueries * kWidth + threadIdx.x % 128 * 4;
-      barrier_wait(turn + reader, step / 2 % 2);
-      if (at.first) {
+      barrier_wait(dq_empty, step % 2 ^ 1);
+      float4* const to = reinterpret_cast<float4*>(dq_tile) + threadIdx.x % 128;
 #pragma unroll
-        for (int j = 0; j < 16; ++j) *reinterpret_cast<float4*>(to + j * 512) = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 16; ++j) add_to(to + j * 512, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-      }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(issued + reader);
+      for (int j = 0; j < 16; ++j) to[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+      shared_fence();
+      barrier_arrive(dq_full + reader);
     }
     if (threadIdx.x % 128 == 0) barrier_arrive(q_empty + stage), barrier_arrive(dout_empty + stage);
   }
 
+  if (threadIdx.x % 128 == 0) barrier_arrive(keys_empty);
   const int64_t stride = a.k_heads * kWidth, at = (s.row * a.k_heads + w.k_head) * kWidth;
-  const int first_row = w.key_block * kKeys + local_key;
+  const int first_row = walk.key_block * kKeys + local_key;
   write_rows(dk, a.scale, first_row, s.length, static_cast<__nv_bfloat16*>(a.dk) + at, stride, quarter);
   write_rows(dv, 1.f, first_row, s.length, static_cast<__nv_bfloat16*>(a.dv) + at, stride, quarter);
+  }
 }
 
 // dQ from its sums, which lie as the threads of two warpgroups hold them. A CTA has 128 tokens of a head.
@@ -442,14 +430,16 @@ template <bool CAUSAL> void launch(AttentionBackward a, cudaStream_t stream) {
     return count;
   }();
   a.scale_log2 = a.scale * kLog2e;
+  a.variant = getenv("V") ? atoi(getenv("V")) : 0;
   const int64_t tiles = attention_backward_tiles(a.cu_seqlens != nullptr, a.sequences, a.length);
   if (tiles * a.q_heads > INT32_MAX / 2) throw std::invalid_argument("attention: more than 2^30 tiles of 128 queries and a head");
-  const int64_t blocks = std::max<int64_t>((a.length + kKeys - 1) / kKeys, 1);
-  const int section = int(std::min(std::max<int64_t>(sms / blocks, 1), a.sequences * ((a.k_heads + 1) / 2)));
-  prepare_kernel<<<dim3(unsigned(tiles), unsigned((a.q_heads + 7) / 8)), 256, 0, stream>>>(a);
-  backward_kernel<CAUSAL><<<unsigned(tiles * a.k_heads), kThreads, kShared, stream>>>(
+  const int64_t blocks = (a.length + kKeys - 1) / kKeys;
+  const bool paired = (blocks + 1) / 2 <= sms && !(a.variant & 4);  // all CTAs of a head must run at once
+  const int64_t ctas = a.cu_seqlens ? tiles * a.k_heads : a.sequences * a.k_heads * (paired ? (blocks + 1) / 2 : blocks);
+  prepare_kernel<<<dim3(unsigned(tiles), unsigned((a.q_heads + 7) / 8), 4), 256, 0, stream>>>(a);
+  backward_kernel<CAUSAL><<<unsigned(ctas), kThreads, kShared, stream>>>(
       heads_map(a, a.q, a.q_heads, kQueries), heads_map(a, a.k, a.k_heads, kKeys), heads_map(a, a.v, a.k_heads, kKeys),
-      heads_map(a, a.dout, a.q_heads, kQueries), a, section);
+      heads_map(a, a.dout, a.q_heads, kQueries), a, paired);
   finish_kernel<<<dim3(unsigned(tiles), unsigned(a.q_heads)), 256, 0, stream>>>(a);
   check(cudaGetLastError());
 }
