@@ -158,15 +158,15 @@ __device__ inline void wgmma_m64n128k16(float (&d)[64], const uint32_t (&a)[4], 
 
 // Transposes a 4 x 4 of registers among the four threads of a quad: thread q ends with the q-th register of all, so that
 // what was two columns a thread becomes eight in a row.
-__device__ inline void quad_transpose(uint32_t (&r)[4], int q) {
+template <class T> __device__ inline void quad_transpose(T (&r)[4], int q) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(~0u, q & 2 ? r[i] : r[i + 2], 2);
+    const T got = __shfl_xor_sync(~0u, q & 2 ? r[i] : r[i + 2], 2);
     (q & 2 ? r[i] : r[i + 2]) = got;
   }
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, q & 1 ? r[i] : r[i + 1], 1);
+    const T got = __shfl_xor_sync(~0u, q & 1 ? r[i] : r[i + 1], 1);
     (q & 1 ? r[i] : r[i + 1]) = got;
   }
 }

@@ -41,7 +41,7 @@ constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8;
 
 struct Gemm {
   const int32_t *offsets, *slot;
-  const int32_t* index;      // row r of the own operand is row index[r] in memory; null: r
+  const int32_t* index;      // row r of the own operand is row index[r] in memory, where it is gathered
   int experts, depth;        // depth: length of the contraction (unused by the weight gradients)
   int columns, own_columns;  // width of the result (up: of a half); weight gradients: of the shared and of the own operand
   Rows own, shared;          // what cp.async reads
@@ -163,14 +163,24 @@ __device__ inline uint32_t pack(float x, float y) {
 }
 __device__ inline float2 unpack(uint32_t x) { return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x)); }
 
-// 32 columns of a row among the 4 threads of a quad. In registers thread q holds the pairs of columns 8 i + 2 q (+ 1), in memory
-// it reads and writes the 8 columns from 8 q on.
-__device__ inline void store32(void* row, uint32_t (&pairs)[4], int q, bool live) {
-  quad_transpose(pairs, q);
-  if (live) *reinterpret_cast<uint4*>(static_cast<bf16*>(row) + 8 * q) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+// 32 columns of a row among the 4 threads of a quad: the products leave thread q the pairs of columns 8 i + 2 q (+ 1); to and from
+// memory go the 8 columns from 8 q on.
+__device__ inline void store8(bf16* row, const uint32_t (&pairs)[4], int q, bool live) {
+  if (live) *reinterpret_cast<uint4*>(row + 8 * q) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
-__device__ inline void spread32(const uint4& x, uint32_t (&pairs)[4], int q) {
-  pairs[0] = x.x, pairs[1] = x.y, pairs[2] = x.z, pairs[3] = x.w;
+// The products' own numbers acc[16 block + 4 i + 2 half (+ 1)], as 8 columns.
+__device__ inline void gather8(const float (&acc)[128], int block, int half, int q, float2 (&x)[4]) {
+  float even[4], odd[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) even[i] = acc[16 * block + 4 * i + 2 * half], odd[i] = acc[16 * block + 4 * i + 2 * half + 1];
+  quad_transpose(even, q), quad_transpose(odd, q);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = {even[i], odd[i]};
+}
+// The same rounded to bf16, at half the cost.
+__device__ inline void gather8(const float (&acc)[128], int block, int half, int q, uint32_t (&pairs)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = pack(acc[16 * block + 4 * i + 2 * half], acc[16 * block + 4 * i + 2 * half + 1]);
   quad_transpose(pairs, q);
 }
 __device__ inline bf16* element(const Rows& r, int64_t row, int64_t column) {
@@ -192,16 +202,15 @@ __device__ inline void store_up(const Gemm& g, const Tile& t, const Place& p, co
       const int column = p.column + 32 * j;
       const bool live = row < t.end && column + 8 * p.q < g.columns;
       uint32_t gate[4], up[4], product[4];
+      gather8(acc, j, half, p.q, gate), gather8(acc, j + 4, half, p.q, up);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int at = 16 * j + 4 * i + 2 * half;
-        gate[i] = pack(acc[at], acc[at + 1]), up[i] = pack(acc[at + 64], acc[at + 65]);
         const float2 x = unpack(gate[i]), y = unpack(up[i]);  // rounded, as the backward will read them
         product[i] = pack(x.x * sigmoid(x.x) * y.x, x.y * sigmoid(x.y) * y.y);
       }
-      store32(element(g.out, row, column), gate, p.q, live);
-      store32(element(g.out, row, g.columns + column), up, p.q, live);
-      store32(element(g.second, row, column), product, p.q, live);
+      store8(element(g.out, row, column), gate, p.q, live);
+      store8(element(g.out, row, g.columns + column), up, p.q, live);
+      store8(element(g.second, row, column), product, p.q, live);
     }
   }
 }
@@ -213,9 +222,8 @@ __device__ inline void store_rows(const Gemm& g, const Tile& t, const Place& p, 
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       uint32_t pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i] = pack(acc[16 * j + 4 * i + 2 * half], acc[16 * j + 4 * i + 2 * half + 1]);
-      store32(element(g.out, row, p.column + 32 * j), pairs, p.q, row < t.end && p.column + 32 * j + 8 * p.q < g.columns);
+      gather8(acc, j, half, p.q, pairs);
+      store8(element(g.out, row, p.column + 32 * j), pairs, p.q, row < t.end && p.column + 32 * j + 8 * p.q < g.columns);
     }
   }
 }
@@ -230,13 +238,14 @@ class Activations {
   }
   // Block n of 16: half n / 8, columns from 32 (n % 8).
   __device__ void take(int n, uint32_t (&gate)[4], uint32_t (&up)[4]) {
-    spread32(gate_[n % kAhead], gate, p_.q);
-    spread32(up_[n % kAhead], up, p_.q);
+    const uint4 &x = gate_[n % kAhead], &y = up_[n % kAhead];
+    gate[0] = x.x, gate[1] = x.y, gate[2] = x.z, gate[3] = x.w;
+    up[0] = y.x, up[1] = y.y, up[2] = y.z, up[3] = y.w;
     if (n + kAhead < 16) load(n + kAhead);
   }
 
  private:
-  static constexpr int kAhead = 4;
+  static constexpr int kAhead = 3;
   __device__ void load(int n) {
     const int row = p_.row + n / 8 * 8, column = p_.column + n % 8 * 32 + 8 * p_.q;
     gate_[n % kAhead] = up_[n % kAhead] = make_uint4(0, 0, 0, 0);
@@ -262,25 +271,27 @@ __device__ inline void store_down_backward(const Gemm& g, const Tile& t, const P
       const int column = p.column + 32 * j;
       const bool live = row < t.end && column + 8 * p.q < g.columns;
       uint32_t gate[4], up[4], scaled[4];
+      float2 da[4];
       activations.take(8 * half + j, gate, up);
+      gather8(acc, j, half, p.q, da);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 x = unpack(gate[i]), y = unpack(up[i]);
         float dx[2], dy[2], a[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float da = acc[16 * j + 4 * i + 2 * half + c], u = c ? y.y : y.x, v = c ? x.y : x.x;
-          const float s = sigmoid(v), silu = v * s, scaled_da = weight[half] * da;
-          sum = fmaf(da, silu * u, sum);
+          const float v = c ? x.y : x.x, u = c ? y.y : y.x, d = c ? da[i].y : da[i].x;
+          const float s = sigmoid(v), silu = v * s, scaled_da = weight[half] * d;
+          sum = fmaf(d, silu * u, sum);
           a[c] = weight[half] * silu * u;
           dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
           dy[c] = scaled_da * silu;
         }
         scaled[i] = pack(a[0], a[1]), gate[i] = pack(dx[0], dx[1]), up[i] = pack(dy[0], dy[1]);
       }
-      store32(element(g.out, row, column), gate, p.q, live);
-      store32(element(g.out, row, g.columns + column), up, p.q, live);
-      store32(element(g.second, row, column), scaled, p.q, live);
+      store8(element(g.out, row, column), gate, p.q, live);
+      store8(element(g.out, row, g.columns + column), up, p.q, live);
+      store8(element(g.second, row, column), scaled, p.q, live);
     }
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
@@ -312,13 +323,17 @@ __device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Pla
       } else {
         const bool live = row < height && column + 8 * p.q < width;
         uint32_t pairs[4];
-        spread32(live && g.accumulate ? *reinterpret_cast<const uint4*>(at + 8 * p.q) : make_uint4(0, 0, 0, 0), pairs, p.q);
+        if (g.accumulate) {
+          const uint4 old = live ? *reinterpret_cast<const uint4*>(at + 8 * p.q) : make_uint4(0, 0, 0, 0);
+          const float2 before[4] = {unpack(old.x), unpack(old.y), unpack(old.z), unpack(old.w)};
+          float2 x[4];
+          gather8(acc, j, half, p.q, x);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 x = unpack(pairs[i]);
-          pairs[i] = pack(x.x + acc[16 * j + 4 * i + 2 * half], x.y + acc[16 * j + 4 * i + 2 * half + 1]);
+          for (int i = 0; i < 4; ++i) pairs[i] = pack(before[i].x + x[i].x, before[i].y + x[i].y);
+        } else {
+          gather8(acc, j, half, p.q, pairs);
         }
-        store32(at, pairs, p.q, live);
+        store8(at, pairs, p.q, live);
       }
     }
   }
@@ -359,7 +374,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   };
 
   if (threadIdx.x < 128) {
-    registers_release<40>();
+    registers_release<48>();
     const auto load_shared_half = [&](int half, int k, auto load) {  // load: of a box, at (x, y, z)
       if constexpr (is_transposed(TASK)) {
         for (int slab = 2 * half; slab < 2 * half + 2; ++slab)
@@ -485,24 +500,27 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
 
 // --- without tensor cores
 
-__global__ void sum_partials(int rows, int tiles, const float* partial, const int32_t* slot, float* dweights) {
-  const int r = blockIdx.x * blockDim.x + threadIdx.x;
-  if (r >= rows) return;
+__global__ void sum_partials(MoePlan p, int tiles, const float* partial, float* dweights) {
+  const int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (r >= p.rows) return;
   float sum = 0;
-  for (int i = 0; i < tiles; ++i) sum += partial[int64_t(r) * tiles + i];
-  dweights[slot[r]] = sum;
+  if (r < p.offsets[p.experts])
+    for (int i = 0; i < tiles; ++i) sum += partial[r * tiles + i];
+  dweights[p.slot[r]] = sum;
 }
 
 // A thread per 8 columns of a token.
 template <bool WEIGHTED>
-__global__ void gather_sum_kernel(int64_t tokens, int k, int chunks, Rows y, const int32_t* inverse, const float* weights, Rows out) {
+__global__ void combine_kernel(MoePlan p, int64_t tokens, int k, int chunks, Rows y, const int32_t* inverse, const float* weights, Rows out) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, token = thread / chunks;
   const int column = int(thread % chunks) * 8;
   if (token >= tokens) return;
+  const int rows = __ldg(p.offsets + p.experts);
   float sum[8] = {};
 #pragma unroll 8
   for (int i = 0; i < k; ++i) {
-    const uint4 x = __ldg(reinterpret_cast<const uint4*>(element(y, __ldg(inverse + token * k + i), column)));
+    const int row = __ldg(inverse + token * k + i);
+    const uint4 x = row < rows ? __ldg(reinterpret_cast<const uint4*>(element(y, row, column))) : make_uint4(0, 0, 0, 0);
     const float weight = WEIGHTED ? __ldg(weights + token * k + i) : 1;
     const float2 pairs[4] = {unpack(x.x), unpack(x.y), unpack(x.z), unpack(x.w)};
 #pragma unroll
@@ -573,7 +591,7 @@ void moe_down_backward(const MoePlan& p, int64_t d, int64_t i, Rows grad, Expert
   g.index = p.token, g.own = grad, g.h = h, g.second = scaled, g.weights = weights, g.partial = partial;
   launch<Task::down_backward>({}, map_of(down, p.experts, d, i, kStep), g, stream);
   sum_partials<<<unsigned((p.rows + 255) / 256), 256, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-      int(p.rows), int(moe_partials(1, i)), partial, p.slot, dweights);
+      p, int(moe_partials(1, i)), partial, dweights);
   check(cudaGetLastError());
 }
 
@@ -587,30 +605,30 @@ void moe_up_backward(const MoePlan& p, int64_t d, int64_t i, Rows dh, Experts ga
   launch<Task::up_backward>(map_of(dh, p.rows, 2 * i, kOwn), map_of(gate_up, p.experts, 2 * i, d, kStep), g, stream);
 }
 
-void moe_weight_grad(const MoePlan& p, int64_t left_width, Rows left, bool left_gather, int64_t right_width, Rows right,
-                     bool right_gather, Experts out, bool accumulate, uintptr_t stream) {
-  if (left_gather && right_gather) throw std::invalid_argument("moe: both operands of a weight gradient are gathered; expected one at most");
+void moe_weight_grad(const MoePlan& p, int64_t left_width, Rows left, int64_t right_width, Rows right, bool gather_left, Experts out,
+                     bool accumulate, uintptr_t stream) {
   Gemm g = rows_gemm(p, left_width, right_width, {out.data, out.dtype, out.row});
-  g.out_expert = out.expert, g.accumulate = accumulate;
-  const bool right_own = right_gather;
-  g.own = right_own ? right : left, g.shared = right_own ? left : right;
-  g.own_columns = int(right_own ? right_width : left_width), g.columns = int(right_own ? left_width : right_width);
-  g.index = left_gather || right_gather ? p.token : nullptr;
+  g.out_expert = out.expert, g.accumulate = accumulate, g.index = p.token;
+  g.own = gather_left ? left : right, g.own_columns = int(gather_left ? left_width : right_width);
+  g.shared = gather_left ? right : left, g.columns = int(gather_left ? right_width : left_width);
   // Without rows the map is never read, but a map has no empty dimensions.
   const CUtensorMap shared = p.rows ? map_of(g.shared, p.rows, g.columns, kStep) : CUtensorMap{};
-  const bool fp32 = out.dtype == DType::f32;
-  if (right_own) fp32 ? launch<Task::grad_right, float>({}, shared, g, stream) : launch<Task::grad_right>({}, shared, g, stream);
-  else fp32 ? launch<Task::grad_left, float>({}, shared, g, stream) : launch<Task::grad_left>({}, shared, g, stream);
+  const auto run = [&](auto zero) {
+    using Out = decltype(zero);
+    gather_left ? launch<Task::grad_left, Out>({}, shared, g, stream) : launch<Task::grad_right, Out>({}, shared, g, stream);
+  };
+  out.dtype == DType::f32 ? run(float()) : run(bf16());
 }
 
-void moe_gather_sum(int64_t tokens, int64_t k, int64_t d, Rows y, const int32_t* inverse, const float* weights, Rows out, uintptr_t stream) {
+void moe_combine(const MoePlan& p, int64_t tokens, int64_t k, int64_t d, Rows y, const int32_t* inverse, const float* weights, Rows out,
+                 uintptr_t stream) {
   check_width("a width", d);
   if (tokens == 0) return;
   const int chunks = int(d / 8);
   const int64_t blocks = (tokens * chunks + 255) / 256;
   if (blocks > INT32_MAX) throw std::invalid_argument("moe: more than 2^31 blocks of 2,048 elements");
-  const auto kernel = weights ? gather_sum_kernel<true> : gather_sum_kernel<false>;
-  kernel<<<unsigned(blocks), 256, 0, reinterpret_cast<cudaStream_t>(stream)>>>(tokens, int(k), chunks, y, inverse, weights, out);
+  const auto kernel = weights ? combine_kernel<true> : combine_kernel<false>;
+  kernel<<<unsigned(blocks), 256, 0, reinterpret_cast<cudaStream_t>(stream)>>>(p, tokens, int(k), chunks, y, inverse, weights, out);
   check(cudaGetLastError());
 }
 
