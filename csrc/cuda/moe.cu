@@ -4,7 +4,7 @@
 // One GEMM does them all. A cluster of two CTAs works on a pair of tiles, 128 x 256 each: every CTA has 128 rows (or columns)
 // of its "own" operand, both share 256 of the other, of which each loads one half for the two. Where own rows are gathered,
 // the loading warpgroup copies them one by one with cp.async; all else comes by TMA. Two warpgroups multiply, 64 rows each (128
-// when the own operand is the right one), and run the epilogue; with four stages between them they drift apart, so that
+// when the own operand is the right one), and run the epilogue; the second one trails by a few of the four stages, so that
 // one's epilogue hides behind the other's products. Clusters stay and walk over a list of tiles which every thread derives
 // from the plan's offsets, so the host needs to know nothing of the routing.
 //
@@ -35,6 +35,7 @@ constexpr int columns_of(Task t) { return t == Task::up ? 128 : 256; }  // of th
 
 constexpr int kOwn = 128, kShared = 256, kStep = 64, kStages = 4;  // 48 KB a stage
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
+constexpr int kLead = 2;  // steps by which the second warpgroup starts after the first; the distance then lasts
 constexpr int kSlab = 64 * kStep * 2;  // bytes of 64 rows x 64 elements, the unit that a transposed operand is made of
 constexpr uint32_t kOwnBytes = kOwn * kStep * 2, kSharedBytes = kShared * kStep * 2, kStageBytes = kOwnBytes + kSharedBytes;
 constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8;
@@ -366,7 +367,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   cluster_sync();
 
   Walk<TASK> walk(g, rank);
-  Tile t;
+  Tile t{};
   int stage = 0;
   uint32_t phase = 0;
   const auto next_stage = [&] {
@@ -448,8 +449,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
     };
     float acc[128];
-    while (walk.next(t)) {
-      const int steps = steps_of<TASK>(g, t);
+    for (bool first = true; walk.next(t); first = false) {
+      const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(kLead, steps) - 1 : -1;
+      if (first && consumer == 1) named_sync(1, 256);
       if (!kGradient && t.own + consumer * 64 >= t.end) {  // all padding: no products, and the other warpgroup has the tensor cores
         for (int k = 0; k < steps; ++k) {
           barrier_wait(full + stage, phase);
@@ -472,6 +474,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         wgmma_fence();
         products<TASK>(acc, own_tile(stage), shared_tile(stage), consumer, k > 0);
         wgmma_commit();
+        if (k == lead) named_arrive(1, 256);
         if (k > 0) {  // the products of the step before are done: its stage goes back to both producers
           wgmma_wait<1>();
           release(before);
