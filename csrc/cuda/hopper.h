@@ -93,6 +93,8 @@ __device__ inline void copy_async_arrive(uint64_t* bar) {
 // What others wrote by ordinary means and a barrier has made visible, wgmma may read from here on.
 __device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // --- wgmma
 // Shared-memory matrix descriptor of a K-major tile whose rows are 128 bytes, in the 128-byte swizzle that TMA writes.
 __device__ inline uint64_t matrix_descriptor(const void* tile) {

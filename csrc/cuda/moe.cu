@@ -229,10 +229,18 @@ __device__ inline void store_rows(const Gemm& g, const Tile& t, const Place& p, 
   }
 }
 
-// What the epilogue of down_backward reads of h: kAhead blocks of 32 columns are on their way while one is worked on, the first
-// ones since before the products were done.
+// What the epilogue of down_backward reads of h: asked into L2 when the tile begins, then kAhead blocks of 32 columns are on their
+// way while one is worked on, the first ones since before the products were done.
 class Activations {
  public:
+  // All the lines of 128 bytes that a warpgroup's 64 rows from `row` on have there, 4 a thread.
+  static __device__ void prefetch(const Gemm& g, const Tile& t, int row) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int line = threadIdx.x % 128 + 128 * i, r = row + line / 8, column = t.column + line % 4 * 64;
+      if (r < t.end && column < g.columns) prefetch_l2(element(g.h, r, column + line / 4 % 2 * g.columns));
+    }
+  }
   __device__ Activations(const Gemm& g, const Tile& t, const Place& p) : g_(g), t_(t), p_(p) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) load(n);
@@ -246,13 +254,13 @@ class Activations {
   }
 
  private:
-  static constexpr int kAhead = 3;
+  static constexpr int kAhead = 2;
   __device__ void load(int n) {
     const int row = p_.row + n / 8 * 8, column = p_.column + n % 8 * 32 + 8 * p_.q;
     gate_[n % kAhead] = up_[n % kAhead] = make_uint4(0, 0, 0, 0);
     if (row < t_.end && column < g_.columns) {
-      gate_[n % kAhead] = __ldg(reinterpret_cast<const uint4*>(element(g_.h, row, column)));
-      up_[n % kAhead] = __ldg(reinterpret_cast<const uint4*>(element(g_.h, row, g_.columns + column)));
+      const bf16* const at = element(g_.h, row, column);
+      gate_[n % kAhead] = *reinterpret_cast<const uint4*>(at), up_[n % kAhead] = *reinterpret_cast<const uint4*>(at + g_.columns);
     }
   }
   const Gemm& g_;
@@ -282,16 +290,17 @@ __device__ inline void store_down_backward(const Gemm& g, const Tile& t, const P
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const float v = c ? x.y : x.x, u = c ? y.y : y.x, d = c ? da[i].y : da[i].x;
-          const float s = sigmoid(v), silu = v * s, scaled_da = weight[half] * d;
-          sum = fmaf(d, silu * u, sum);
-          a[c] = weight[half] * silu * u;
+          const float s = sigmoid(v), silu = v * s, product = silu * u, scaled_da = weight[half] * d;
+          sum = fmaf(d, product, sum);
+          a[c] = weight[half] * product;
           dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
           dy[c] = scaled_da * silu;
         }
         scaled[i] = pack(a[0], a[1]), gate[i] = pack(dx[0], dx[1]), up[i] = pack(dy[0], dy[1]);
       }
-      store8(element(g.out, row, column), gate, p.q, live);
-      store8(element(g.out, row, g.columns + column), up, p.q, live);
+      bf16* const to = element(g.out, row, 0) + column;
+      store8(to, gate, p.q, live);
+      store8(to + g.columns, up, p.q, live);
       store8(element(g.second, row, column), scaled, p.q, live);
     }
     sum += __shfl_xor_sync(~0u, sum, 1);
@@ -463,6 +472,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       const Place own{t.own + consumer * 64 + warp * 16 + lane / 4, t.column, q};
       float weight[2];  // read before the products, which hide the latency
       if constexpr (TASK == Task::down_backward) {
+        Activations::prefetch(g, t, t.own + consumer * 64);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           weight[half] = own.row + 8 * half < t.end ? __ldg(g.weights + __ldg(g.slot + own.row + 8 * half)) : 0;
