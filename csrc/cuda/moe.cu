@@ -71,20 +71,28 @@ template <Task TASK> class Walk {
 
   __device__ bool next(Tile& t) {
     const int columns = tiles_of(g_.columns, columns_of(TASK));
-    for (; expert_ < g_.experts; ++expert_) {
-      const int begin = __ldg(g_.offsets + expert_), end = __ldg(g_.offsets + expert_ + 1);
-      const int own_tiles = is_gradient(TASK) ? tiles_of(g_.own_columns, kOwn) : tiles_of(end - begin, kOwn);
-      int pairs = own_tiles / 2 * columns, single = own_tiles % 2 * tiles_of(columns, 2);
-      if (is_gradient(TASK)) pairs = begin == end && g_.accumulate ? 0 : tiles_of(own_tiles, 2) * columns, single = 0;
-      const int i = item_ - before_;
-      if (i < pairs + single) {
-        const int first = is_gradient(TASK) ? 0 : begin;
-        if (i < pairs) t = {expert_, begin, end, first + (i / columns * 2 + rank_) * kOwn, i % columns * columns_of(TASK), true};
-        else t = {expert_, begin, end, first + (own_tiles - 1) * kOwn, ((i - pairs) * 2 + rank_) * columns_of(TASK), false};
+    if constexpr (is_gradient(TASK)) {  // as many for every expert
+      const int each = tiles_of(g_.own_columns, 2 * kOwn) * columns;
+      for (; item_ < each * g_.experts; item_ += gridDim.x / 2) {
+        const int expert = item_ / each, i = item_ % each;
+        const int begin = __ldg(g_.offsets + expert), end = __ldg(g_.offsets + expert + 1);
+        if (begin == end && g_.accumulate) continue;
+        t = {expert, begin, end, (i / columns * 2 + rank_) * kOwn, i % columns * columns_of(TASK), true};
         item_ += gridDim.x / 2;
         return true;
       }
-      before_ += pairs + single;
+    } else {
+      for (; expert_ < g_.experts; ++expert_) {
+        const int begin = __ldg(g_.offsets + expert_), end = __ldg(g_.offsets + expert_ + 1), row_tiles = tiles_of(end - begin, kOwn);
+        const int pairs = row_tiles / 2 * columns, single = row_tiles % 2 * tiles_of(columns, 2), i = item_ - before_;
+        if (i < pairs + single) {
+          if (i < pairs) t = {expert_, begin, end, begin + (i / columns * 2 + rank_) * kOwn, i % columns * columns_of(TASK), true};
+          else t = {expert_, begin, end, begin + (row_tiles - 1) * kOwn, ((i - pairs) * 2 + rank_) * columns_of(TASK), false};
+          item_ += gridDim.x / 2;
+          return true;
+        }
+        before_ += pairs + single;
+      }
     }
     return false;
   }
