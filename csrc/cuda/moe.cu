@@ -392,7 +392,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   };
 
   if (threadIdx.x < 128) {
-    registers_release<48>();
+    registers_release<56>();  // 56 + 2 x 224 = 3 x 168, what a thread of three warpgroups starts with
     const auto load_shared_half = [&](int half, int k, auto load) {  // load: of a box, at (x, y, z)
       if constexpr (is_transposed(TASK)) {
         for (int slab = 2 * half; slab < 2 * half + 2; ++slab)
@@ -460,7 +460,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       }
     }
   } else {
-    registers_take<232>();
+    registers_take<224>();
     const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
     const auto release = [&](int s) {
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
