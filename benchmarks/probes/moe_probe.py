@@ -2,8 +2,9 @@
 
     python benchmarks/probes/moe_probe.py [check|time|all]
 
-Error: that of the step over that of plain torch in bf16, both against float64, on the same inputs; at most 2 passes. Every
-step also runs three times with bitwise equal results. TFLOP/s count 6 N K D I forward and twice that backward, without padding.
+Error: that of the step over that of plain torch in bf16, both against float64, on the same inputs; at most 2 passes.
+Every step also runs three times with bitwise equal results. TFLOP/s count 6 N K D I forward and twice that backward,
+without padding.
 A step that takes more than a minute is taken for hung and ends the process by its name.
 """
 
@@ -174,18 +175,18 @@ def check(name: str, p: Problem) -> bool:
     def step(label, run, reference, rows: bool):
         nonlocal good
         enter(f"{name}: {label}")
+        def used(t):  # rows of dropped assignments hold nothing
+            return t[: p.rows] if rows and t.shape[0] == p.plan.token.shape[0] else t
+
         outs = run()
         torch.cuda.synchronize()
-        for again in range(2):
-            if not all(torch.equal(a[: p.rows] if rows and a.shape[0] == p.plan.token.shape[0] else a,
-                                   b[: p.rows] if rows and b.shape[0] == p.plan.token.shape[0] else b)
-                       for a, b in zip(outs, run())):
+        for _ in range(2):
+            if not all(torch.equal(used(a), used(b)) for a, b in zip(outs, run())):
                 good = False
                 print(f"  {name}: {label} differs from run to run")
-        for n, (got, want, ref) in enumerate(zip(outs, reference(truth), reference(plain))):
-            if rows and got.shape[0] == p.plan.token.shape[0]:
-                got, want, ref = got[: p.rows], want[: p.rows], ref[: p.rows]
-            floor = torch.finfo(torch.bfloat16 if got.dtype == torch.bfloat16 else torch.float32).eps * 0.25 * float(want.double().norm())
+        for n, tensors in enumerate(zip(outs, reference(truth), reference(plain))):
+            got, want, ref = map(used, tensors)
+            floor = torch.finfo(got.dtype).eps * 0.25 * float(want.double().norm())
             ratio = error(got, want) / max(error(ref, want), floor, 1e-300)
             worst.append(f"{label}{n if len(outs) > 1 else ''} {ratio:.2f}")
             if not ratio <= 2:
@@ -199,12 +200,14 @@ def check(name: str, p: Problem) -> bool:
     step("combine", lambda: (ours.combine(y, p.weights, plan),), lambda r: r.combine(y, p.weights, p.tokens), False)
     dw, dh, scaled = step("down_backward", lambda: ours.down_backward(p.dout, p.down, h, p.weights, plan),
                           lambda r: r.down_backward(p.dout, p.down, h, p.weights), True)
-    dx, = step("up_backward", lambda: (ours.up_backward(dh, p.gate_up, plan),), lambda r: r.up_backward(dh, p.gate_up), True)
-    step("combine_backward", lambda: (ours.combine_backward(dx, plan, p.tokens),), lambda r: r.combine(dx, None, p.tokens), False)
+    dx, = step("up_backward", lambda: (ours.up_backward(dh, p.gate_up, plan),), lambda r: r.up_backward(dh, p.gate_up),
+               True)
+    step("combine_backward", lambda: (ours.combine_backward(dx, plan, p.tokens),),
+         lambda r: r.combine(dx, None, p.tokens), False)
     del y, dx
-    # Rows of other experts must not leak in, whatever they hold: the last expert's rows are NaN in the operand not gathered.
     for label, left, right, gathered in (("dW2", p.dout, scaled, "left"), ("dW1", dh, p.x, "right")):
-        step(label, lambda: weight_grad(p, left, right, gathered, None), lambda r: r.weight_grad(left, right, gathered, None), False)
+        step(label, lambda: weight_grad(p, left, right, gathered, None),
+             lambda r: r.weight_grad(left, right, gathered, None), False)
         if p.tokens <= 2000:
             for dtype in (torch.bfloat16, torch.float32):
                 before = torch.randn(p.experts, left.shape[1], right.shape[1], device="cuda", dtype=dtype)
@@ -212,6 +215,7 @@ def check(name: str, p: Problem) -> bool:
                      lambda r: r.weight_grad(left, right, gathered, before), False)
             step(f"{label} float32", lambda: weight_grad(p, left, right, gathered, None, torch.float32),
                  lambda r: r.weight_grad(left, right, gathered, None), False)
+            # Rows of other experts must not leak in, whatever they hold: here NaN.
             last = max((e for e in range(p.experts) if plan.offsets[e] < plan.offsets[e + 1]), default=0)
             spoilt = (scaled if gathered == "left" else dh).clone()
             spoilt[plan.offsets[last]:] = torch.nan

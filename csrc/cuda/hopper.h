@@ -72,7 +72,8 @@ __device__ inline void tma_load_multicast(void* dst, const CUtensorMap* map, uin
       "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(dst)), "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y),
       "h"(ranks) : "memory");
 }
-__device__ inline void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar, int x, int y, int z, uint16_t ranks) {
+__device__ inline void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar, int x, int y, int z,
+                                          uint16_t ranks) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(dst)), "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y),
@@ -114,8 +115,8 @@ template <int PENDING> __device__ inline void wgmma_wait() {
 #define QWEN3_ACC8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define QWEN3_ACC32(d, i) QWEN3_ACC8(d, i), QWEN3_ACC8(d, i + 8), QWEN3_ACC8(d, i + 16), QWEN3_ACC8(d, i + 24)
 
-// d[64 x 256] (+)= a[64 x 16] b[256 x 16]^T, bf16 to fp32; A_T, B_T: the descriptor is a transposed one. Thread t of the warpgroup holds rows 16 * (t / 32) + t % 32 / 4
-// (+ 8) and columns 8 * j + 2 * (t % 4) (+ 1): d[4 * j + 2 * (row half) + column].
+// d[64 x 256] (+)= a[64 x 16] b[256 x 16]^T, bf16 to fp32. Thread t of the warpgroup holds rows 16 * (t / 32) + t % 32 / 4
+// (+ 8) and columns 8 * j + 2 * (t % 4) (+ 1): d[4 * j + 2 * (row half) + column]. A_T, B_T: the descriptor is a transposed one.
 template <int A_T = 0, int B_T = 0>
 __device__ inline void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(

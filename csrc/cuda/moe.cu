@@ -1,12 +1,13 @@
-// The experts of a mixture of experts: grouped matrix products on rows sorted by expert, with the gather of tokens in their
-// prologue and SwiGLU, forward and backward, in their epilogue (the decomposition of SonicMoE, arXiv 2512.14080, section 3).
+// The experts of a mixture of experts: grouped matrix products on rows sorted by expert, with the gather of tokens in
+// their prologue and SwiGLU, forward and backward, in their epilogue (the decomposition of SonicMoE, arXiv 2512.14080,
+// section 3).
 //
-// One GEMM does them all. A cluster of two CTAs works on a pair of tiles, 128 x 256 each: every CTA has 128 rows (or columns)
-// of its "own" operand, both share 256 of the other, of which each loads one half for the two. Where own rows are gathered,
-// the loading warpgroup copies them one by one with cp.async; all else comes by TMA. Two warpgroups multiply, 64 rows each (128
-// when the own operand is the right one), and run the epilogue; the second one trails by a few of the four stages, so that
-// one's epilogue hides behind the other's products. Clusters stay and walk over a list of tiles which every thread derives
-// from the plan's offsets, so the host needs to know nothing of the routing.
+// One GEMM does them all. A cluster of two CTAs works on a pair of tiles, 128 x 256 each: every CTA has 128 rows (or
+// columns) of its "own" operand, both share 256 of the other, of which each loads one half for the two. Where own rows
+// are gathered, the loading warpgroup copies them one by one with cp.async; all else comes by TMA. Two warpgroups
+// multiply, 64 rows each (128 when the own operand is the right one), and run the epilogue; the second one trails by a
+// few of the four stages, so that one's epilogue hides behind the other's products. Clusters stay and walk over a list
+// of tiles which every thread derives from the plan's offsets, so the host needs to know nothing of the routing.
 //
 //     task            own operand               shared operand          contraction over
 //     up              x[token]         (left)   gate and up, 128 each   d
@@ -37,17 +38,19 @@ constexpr int kOwn = 128, kShared = 256, kStep = 64, kStages = 4;  // 48 KB a st
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
 constexpr int kLead = 2;  // steps by which the second warpgroup starts after the first; the distance then lasts
 constexpr int kSlab = 64 * kStep * 2;  // bytes of 64 rows x 64 elements, the unit that a transposed operand is made of
-constexpr uint32_t kOwnBytes = kOwn * kStep * 2, kSharedBytes = kShared * kStep * 2, kStageBytes = kOwnBytes + kSharedBytes;
+constexpr uint32_t kOwnBytes = kOwn * kStep * 2, kSharedBytes = kShared * kStep * 2;
+constexpr uint32_t kStageBytes = kOwnBytes + kSharedBytes;
 constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8;
 
 struct Gemm {
   const int32_t *offsets, *slot;
-  const int32_t* index;      // row r of the own operand is row index[r] in memory, where it is gathered
-  int experts, depth;        // depth: length of the contraction (unused by the weight gradients)
-  int columns, own_columns;  // width of the result (up: of a half); weight gradients: of the shared and of the own operand
-  Rows own, shared;          // what cp.async reads
-  Rows h;                    // down_backward reads
-  Rows out, second;          // up: h and a; down_backward: dh and scaled a
+  const int32_t* index;  // row r of the own operand is row index[r] in memory, where it is gathered
+  int experts, depth;    // depth: length of the contraction (unused by the weight gradients)
+  int columns;           // width of the result (of a half in up); weight gradients: of the shared operand
+  int own_columns;       // weight gradients: width of the own operand
+  Rows own, shared;      // what cp.async reads
+  Rows h;                // down_backward reads
+  Rows out, second;      // up: h and a; down_backward: dh and scaled a
   const float* weights;
   float* partial;
   int64_t out_expert;
@@ -63,8 +66,8 @@ struct Tile {
 
 __device__ inline int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
 
-// The tiles of this CTA's cluster. The columns of a pair of row tiles come one after another, so that what is in flight at a
-// time are whole experts. Of an odd row tile, each of the two CTAs takes every second column and loads all it needs itself.
+// The tiles of this CTA's cluster. The columns of a pair of row tiles come one after another, so that what is in flight
+// at a time are whole experts. Of an odd row tile, each CTA takes every second column and loads all it needs itself.
 template <Task TASK> class Walk {
  public:
   __device__ Walk(const Gemm& g, int rank) : g_(g), rank_(rank), item_(blockIdx.x / 2) {}
@@ -83,11 +86,14 @@ template <Task TASK> class Walk {
       }
     } else {
       for (; expert_ < g_.experts; ++expert_) {
-        const int begin = __ldg(g_.offsets + expert_), end = __ldg(g_.offsets + expert_ + 1), row_tiles = tiles_of(end - begin, kOwn);
+        const int begin = __ldg(g_.offsets + expert_), end = __ldg(g_.offsets + expert_ + 1);
+        const int row_tiles = tiles_of(end - begin, kOwn);
         const int pairs = row_tiles / 2 * columns, single = row_tiles % 2 * tiles_of(columns, 2), i = item_ - before_;
         if (i < pairs + single) {
-          if (i < pairs) t = {expert_, begin, end, begin + (i / columns * 2 + rank_) * kOwn, i % columns * columns_of(TASK), true};
-          else t = {expert_, begin, end, begin + (row_tiles - 1) * kOwn, ((i - pairs) * 2 + rank_) * columns_of(TASK), false};
+          const bool paired = i < pairs;
+          const int tile = paired ? i / columns * 2 + rank_ : row_tiles - 1;
+          const int column = paired ? i % columns : (i - pairs) * 2 + rank_;
+          t = {expert_, begin, end, begin + tile * kOwn, column * columns_of(TASK), paired};
           item_ += gridDim.x / 2;
           return true;
         }
@@ -116,10 +122,10 @@ struct Copier {
   const uint32_t offset = line * 128 + (chunk ^ line % 8) * 16;
 };
 
-// Slabs of 64 columns, 64 rows from `row` on, those at `end` and beyond zero. `wait` is called once the row numbers are known.
+// Slabs of 64 columns, 64 rows from `row` on, zeros from `end` on. `wait` is called once the row numbers are known.
 template <int SLABS, class Wait>
-__device__ inline void copy_slabs(uint8_t* dst, const Rows& from, const int32_t* index, int row, int end, int column, int width,
-                                  Wait wait) {
+__device__ inline void copy_slabs(uint8_t* dst, const Rows& from, const int32_t* index, int row, int end, int column,
+                                  int width, Wait wait) {
   const Copier c;
   int rows[kStep / 16];
 #pragma unroll
@@ -145,11 +151,13 @@ __device__ inline void copy_slabs(uint8_t* dst, const Rows& from, const int32_t*
 // --- the multiplying warpgroups
 
 // One step of 64 along the contraction.
-template <Task TASK> __device__ inline void products(float (&acc)[128], const uint8_t* own, const uint8_t* shared, int consumer, bool add) {
+template <Task TASK>
+__device__ inline void products(float (&acc)[128], const uint8_t* own, const uint8_t* shared, int consumer, bool add) {
   if constexpr (TASK == Task::grad_right) {
-    auto& low = reinterpret_cast<float(&)[64]>(acc[0]);
-    auto& high = reinterpret_cast<float(&)[64]>(acc[64]);
-    const uint64_t a = matrix_descriptor_transposed(shared + 2 * consumer * kSlab, kSlab), b = matrix_descriptor_transposed(own, kSlab);
+    auto& low = reinterpret_cast<float (&)[64]>(acc[0]);
+    auto& high = reinterpret_cast<float (&)[64]>(acc[64]);
+    const uint64_t a = matrix_descriptor_transposed(shared + 2 * consumer * kSlab, kSlab),
+                   b = matrix_descriptor_transposed(own, kSlab);
 #pragma unroll
     for (int i = 0; i < kStep / 16; ++i) {
       wgmma_m64n128k16<1, 1>(low, a + 128 * i, b + 128 * i, add || i > 0);
@@ -162,7 +170,8 @@ template <Task TASK> __device__ inline void products(float (&acc)[128], const ui
     const uint64_t b = kTransposedB ? matrix_descriptor_transposed(shared, kSlab) : matrix_descriptor(shared);
 #pragma unroll
     for (int i = 0; i < kStep / 16; ++i)
-      wgmma_m64n256k16<kTransposedA, kTransposedB>(acc, a + (kTransposedA ? 128 : 2) * i, b + (kTransposedB ? 128 : 2) * i, add || i > 0);
+      wgmma_m64n256k16<kTransposedA, kTransposedB>(acc, a + (kTransposedA ? 128 : 2) * i,
+                                                   b + (kTransposedB ? 128 : 2) * i, add || i > 0);
   }
 }
 
@@ -172,8 +181,8 @@ __device__ inline uint32_t pack(float x, float y) {
 }
 __device__ inline float2 unpack(uint32_t x) { return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x)); }
 
-// 32 columns of a row among the 4 threads of a quad: the products leave thread q the pairs of columns 8 i + 2 q (+ 1); to and from
-// memory go the 8 columns from 8 q on.
+// 32 columns of a row among the 4 threads of a quad: the products leave thread q the pairs of columns 8 i + 2 q (+ 1);
+// to and from memory go the 8 columns from 8 q on.
 __device__ inline void store8(bf16* row, const uint32_t (&pairs)[4], int q, bool live) {
   if (live) *reinterpret_cast<uint4*>(row + 8 * q) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
@@ -181,7 +190,8 @@ __device__ inline void store8(bf16* row, const uint32_t (&pairs)[4], int q, bool
 __device__ inline void gather8(const float (&acc)[128], int block, int half, int q, float2 (&x)[4]) {
   float even[4], odd[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) even[i] = acc[16 * block + 4 * i + 2 * half], odd[i] = acc[16 * block + 4 * i + 2 * half + 1];
+  for (int i = 0; i < 4; ++i)
+    even[i] = acc[16 * block + 4 * i + 2 * half], odd[i] = acc[16 * block + 4 * i + 2 * half + 1];
   quad_transpose(even, q), quad_transpose(odd, q);
 #pragma unroll
   for (int i = 0; i < 4; ++i) x[i] = {even[i], odd[i]};
@@ -189,7 +199,8 @@ __device__ inline void gather8(const float (&acc)[128], int block, int half, int
 // The same rounded to bf16, at half the cost.
 __device__ inline void gather8(const float (&acc)[128], int block, int half, int q, uint32_t (&pairs)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = pack(acc[16 * block + 4 * i + 2 * half], acc[16 * block + 4 * i + 2 * half + 1]);
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = pack(acc[16 * block + 4 * i + 2 * half], acc[16 * block + 4 * i + 2 * half + 1]);
   quad_transpose(pairs, q);
 }
 __device__ inline bf16* element(const Rows& r, int64_t row, int64_t column) {
@@ -197,7 +208,7 @@ __device__ inline bf16* element(const Rows& r, int64_t row, int64_t column) {
 }
 __device__ inline float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 
-// Where a thread's results lie: rows row + 8 half, columns column + 32 g + 8 i + 2 q (+ 1) in acc[16 g + 4 i + 2 half (+ 1)].
+// Where a thread's results lie: acc[16 g + 4 i + 2 half (+ 1)] is row + 8 half, column + 32 g + 8 i + 2 q (+ 1).
 struct Place {
   int row, column, q;
 };
@@ -232,13 +243,14 @@ __device__ inline void store_rows(const Gemm& g, const Tile& t, const Place& p, 
     for (int j = 0; j < 8; ++j) {
       uint32_t pairs[4];
       gather8(acc, j, half, p.q, pairs);
-      store8(element(g.out, row, p.column + 32 * j), pairs, p.q, row < t.end && p.column + 32 * j + 8 * p.q < g.columns);
+      store8(element(g.out, row, p.column + 32 * j), pairs, p.q,
+             row < t.end && p.column + 32 * j + 8 * p.q < g.columns);
     }
   }
 }
 
-// What the epilogue of down_backward reads of h: asked into L2 when the tile begins, then kAhead blocks of 32 columns are on their
-// way while one is worked on, the first ones since before the products were done.
+// What the epilogue of down_backward reads of h: asked into L2 when the tile begins, then kAhead blocks of 32 columns
+// are on their way while one is worked on, the first ones since before the products were done.
 class Activations {
  public:
   // All the lines of 128 bytes that a warpgroup's 64 rows from `row` on have there, 4 a thread.
@@ -268,7 +280,8 @@ class Activations {
     gate_[n % kAhead] = up_[n % kAhead] = make_uint4(0, 0, 0, 0);
     if (row < t_.end && column < g_.columns) {
       const bf16* const at = element(g_.h, row, column);
-      gate_[n % kAhead] = *reinterpret_cast<const uint4*>(at), up_[n % kAhead] = *reinterpret_cast<const uint4*>(at + g_.columns);
+      gate_[n % kAhead] = *reinterpret_cast<const uint4*>(at);
+      up_[n % kAhead] = *reinterpret_cast<const uint4*>(at + g_.columns);
     }
   }
   const Gemm& g_;
@@ -314,13 +327,15 @@ __device__ inline void store_down_backward(const Gemm& g, const Tile& t, const P
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     const int tiles = tiles_of(g.columns, columns_of(Task::down_backward));
-    if (p.q == 0 && row < t.end && p.column < g.columns) g.partial[row * tiles + p.column / columns_of(Task::down_backward)] = sum;
+    if (p.q == 0 && row < t.end && p.column < g.columns)
+      g.partial[row * tiles + p.column / columns_of(Task::down_backward)] = sum;
   }
 }
 
 // BLOCK columns by 64 rows of the result, then the next 64 rows: 256 columns, or twice 128.
 template <int BLOCK, class Out>
-__device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Place& p, int height, int width, const float (&acc)[128]) {
+__device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Place& p, int height, int width,
+                                         const float (&acc)[128]) {
   Out* const out = static_cast<Out*>(g.out.data) + t.expert * g.out_expert;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -396,10 +411,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     const auto load_shared_half = [&](int half, int k, auto load) {  // load: of a box, at (x, y, z)
       if constexpr (is_transposed(TASK)) {
         for (int slab = 2 * half; slab < 2 * half + 2; ++slab)
-          load(shared_tile(stage) + slab * kSlab, t.column + 64 * slab, (kGradient ? t.begin : 0) + k * kStep, kGradient ? 0 : t.expert);
+          load(shared_tile(stage) + slab * kSlab, t.column + 64 * slab, (kGradient ? t.begin : 0) + k * kStep,
+               kGradient ? 0 : t.expert);
       } else {
-        load(shared_tile(stage) + half * (kSharedBytes / 2), k * kStep, t.column + half * (TASK == Task::up ? g.columns : kShared / 2),
-             t.expert);
+        load(shared_tile(stage) + half * (kSharedBytes / 2), k * kStep,
+             t.column + half * (TASK == Task::up ? g.columns : kShared / 2), t.expert);
       }
     };
     const auto load_by_tma = [&](int k) {
@@ -410,8 +426,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
           tma_load_multicast(dst, &shared_map, full + stage, x, y, z, 3);
         });
       } else {
-        for (int half = 0; half < 2; ++half)
-          load_shared_half(half, k, [&](uint8_t* dst, int x, int y, int z) { tma_load(dst, &shared_map, full + stage, x, y, z); });
+        for (int half = 0; half < 2; ++half) {
+          load_shared_half(half, k, [&](uint8_t* dst, int x, int y, int z) {
+            tma_load(dst, &shared_map, full + stage, x, y, z);
+          });
+        }
       }
     };
 
@@ -420,7 +439,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if constexpr (kGradient) {
         for (int k = 0; k < steps; ++k) {
           const int row = t.begin + k * kStep;
-          copy_slabs<2>(own_tile(stage), g.own, g.index, row, t.end, t.own, g.own_columns, [&] { barrier_wait(empty + stage, phase ^ 1); });
+          copy_slabs<2>(own_tile(stage), g.own, g.index, row, t.end, t.own, g.own_columns,
+                        [&] { barrier_wait(empty + stage, phase ^ 1); });
           if (row + kStep <= t.end) {
             if (threadIdx.x == 0) load_by_tma(k);
           } else {  // beyond the expert's rows lie those of the next, or nothing: both operands must be zero there
@@ -469,7 +489,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     for (bool first = true; walk.next(t); first = false) {
       const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(kLead, steps) - 1 : -1;
       if (first && consumer == 1) named_sync(1, 256);
-      if (!kGradient && t.own + consumer * 64 >= t.end) {  // all padding: no products, and the other warpgroup has the tensor cores
+      // Nothing but padding: no products, and the other warpgroup has the tensor cores for itself.
+      if (!kGradient && t.own + consumer * 64 >= t.end) {
         for (int k = 0; k < steps; ++k) {
           barrier_wait(full + stage, phase);
           release(stage);
@@ -509,9 +530,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         wgmma_wait<0>();
         release(before);
         if constexpr (TASK == Task::up) store_up(g, t, own, acc);
-        else if constexpr (TASK == Task::grad_left) store_weight_grad<256, Out>(g, t, own, g.own_columns, g.columns, acc);
+        else if constexpr (TASK == Task::grad_left)
+          store_weight_grad<256, Out>(g, t, own, g.own_columns, g.columns, acc);
         else if constexpr (TASK == Task::grad_right)
-          store_weight_grad<128, Out>(g, t, {t.column + consumer * 128 + warp * 16 + lane / 4, t.own, q}, g.columns, g.own_columns, acc);
+          store_weight_grad<128, Out>(g, t, {t.column + consumer * 128 + warp * 16 + lane / 4, t.own, q}, g.columns,
+                                      g.own_columns, acc);
         else store_rows(g, t, own, acc);
       }
     }
@@ -532,7 +555,8 @@ __global__ void sum_partials(MoePlan p, int tiles, const float* partial, float* 
 
 // A thread per 8 columns of a token.
 template <bool WEIGHTED>
-__global__ void combine_kernel(MoePlan p, int64_t tokens, int k, int chunks, Rows y, const int32_t* inverse, const float* weights, Rows out) {
+__global__ void combine_kernel(MoePlan p, int64_t tokens, int k, int chunks, Rows y, const int32_t* inverse,
+                               const float* weights, Rows out) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, token = thread / chunks;
   const int column = int(thread % chunks) * 8;
   if (token >= tokens) return;
@@ -541,11 +565,13 @@ __global__ void combine_kernel(MoePlan p, int64_t tokens, int k, int chunks, Row
 #pragma unroll 8
   for (int i = 0; i < k; ++i) {
     const int row = __ldg(inverse + token * k + i);
-    const uint4 x = row < rows ? __ldg(reinterpret_cast<const uint4*>(element(y, row, column))) : make_uint4(0, 0, 0, 0);
+    const uint4 x =
+        row < rows ? __ldg(reinterpret_cast<const uint4*>(element(y, row, column))) : make_uint4(0, 0, 0, 0);
     const float weight = WEIGHTED ? __ldg(weights + token * k + i) : 1;
     const float2 pairs[4] = {unpack(x.x), unpack(x.y), unpack(x.z), unpack(x.w)};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sum[2 * j] = fmaf(weight, pairs[j].x, sum[2 * j]), sum[2 * j + 1] = fmaf(weight, pairs[j].y, sum[2 * j + 1]);
+    for (int j = 0; j < 4; ++j)
+      sum[2 * j] = fmaf(weight, pairs[j].x, sum[2 * j]), sum[2 * j + 1] = fmaf(weight, pairs[j].y, sum[2 * j + 1]);
   }
   *reinterpret_cast<uint4*>(element(out, token, column)) =
       make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
@@ -559,10 +585,12 @@ void check(cudaError_t error) {
 
 void check_width(const char* name, int64_t width) {
   if (width <= 0 || width % 8 != 0 || width > 1 << 30)
-    throw std::invalid_argument(std::string("moe: ") + name + " is " + std::to_string(width) + "; expected a positive multiple of 8");
+    throw std::invalid_argument(std::string("moe: ") + name + " is " + std::to_string(width) +
+                                "; expected a positive multiple of 8");
 }
 
-template <Task TASK, class Out = bf16> void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
+template <Task TASK, class Out = bf16>
+void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
   static const int sms = [] {
     int device = 0, count = 0;
     check(cudaGetDevice(&device));
@@ -570,7 +598,8 @@ template <Task TASK, class Out = bf16> void launch(const CUtensorMap& own, const
     check(cudaFuncSetAttribute(gemm_kernel<TASK, Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
     return count;
   }();
-  gemm_kernel<TASK, Out><<<sms / 2 * 2, kThreads, kSharedMemory, reinterpret_cast<cudaStream_t>(stream)>>>(own, shared, g);
+  gemm_kernel<TASK, Out>
+      <<<sms / 2 * 2, kThreads, kSharedMemory, reinterpret_cast<cudaStream_t>(stream)>>>(own, shared, g);
   check(cudaGetLastError());
 }
 
@@ -586,7 +615,8 @@ Gemm rows_gemm(const MoePlan& p, int64_t depth, int64_t columns, const Rows& out
   check_width("a width", depth), check_width("a width", columns);
   if (p.rows > INT32_MAX - kOwn * 2) throw std::invalid_argument("moe: more than 2^31 rows");
   Gemm g{};
-  g.offsets = p.offsets, g.slot = p.slot, g.experts = int(p.experts), g.depth = int(depth), g.columns = int(columns), g.out = out;
+  g.offsets = p.offsets, g.slot = p.slot, g.experts = int(p.experts);
+  g.depth = int(depth), g.columns = int(columns), g.out = out;
   return g;
 }
 
@@ -605,8 +635,8 @@ void moe_down(const MoePlan& p, int64_t d, int64_t i, Rows a, Experts down, Rows
   launch<Task::down>(map_of(a, p.rows, i, kOwn), map_of(down, p.experts, d, i, kShared / 2), g, stream);
 }
 
-void moe_down_backward(const MoePlan& p, int64_t d, int64_t i, Rows grad, Experts down, Rows h, const float* weights, float* dweights,
-                       Rows dh, Rows scaled, float* partial, uintptr_t stream) {
+void moe_down_backward(const MoePlan& p, int64_t d, int64_t i, Rows grad, Experts down, Rows h, const float* weights,
+                       float* dweights, Rows dh, Rows scaled, float* partial, uintptr_t stream) {
   Gemm g = rows_gemm(p, d, i, dh);
   if (p.rows == 0) return;
   g.index = p.token, g.own = grad, g.h = h, g.second = scaled, g.weights = weights, g.partial = partial;
@@ -626,8 +656,8 @@ void moe_up_backward(const MoePlan& p, int64_t d, int64_t i, Rows dh, Experts ga
   launch<Task::up_backward>(map_of(dh, p.rows, 2 * i, kOwn), map_of(gate_up, p.experts, 2 * i, d, kStep), g, stream);
 }
 
-void moe_weight_grad(const MoePlan& p, int64_t left_width, Rows left, int64_t right_width, Rows right, bool gather_left, Experts out,
-                     bool accumulate, uintptr_t stream) {
+void moe_weight_grad(const MoePlan& p, int64_t left_width, Rows left, int64_t right_width, Rows right, bool gather_left,
+                     Experts out, bool accumulate, uintptr_t stream) {
   Gemm g = rows_gemm(p, left_width, right_width, {out.data, out.dtype, out.row});
   g.out_expert = out.expert, g.accumulate = accumulate, g.index = p.token;
   g.own = gather_left ? left : right, g.own_columns = int(gather_left ? left_width : right_width);
@@ -636,20 +666,22 @@ void moe_weight_grad(const MoePlan& p, int64_t left_width, Rows left, int64_t ri
   const CUtensorMap shared = p.rows ? map_of(g.shared, p.rows, g.columns, kStep) : CUtensorMap{};
   const auto run = [&](auto zero) {
     using Out = decltype(zero);
-    gather_left ? launch<Task::grad_left, Out>({}, shared, g, stream) : launch<Task::grad_right, Out>({}, shared, g, stream);
+    gather_left ? launch<Task::grad_left, Out>({}, shared, g, stream)
+                : launch<Task::grad_right, Out>({}, shared, g, stream);
   };
   out.dtype == DType::f32 ? run(float()) : run(bf16());
 }
 
-void moe_combine(const MoePlan& p, int64_t tokens, int64_t k, int64_t d, Rows y, const int32_t* inverse, const float* weights, Rows out,
-                 uintptr_t stream) {
+void moe_combine(const MoePlan& p, int64_t tokens, int64_t k, int64_t d, Rows y, const int32_t* inverse,
+                 const float* weights, Rows out, uintptr_t stream) {
   check_width("a width", d);
   if (tokens == 0) return;
   const int chunks = int(d / 8);
   const int64_t blocks = (tokens * chunks + 255) / 256;
   if (blocks > INT32_MAX) throw std::invalid_argument("moe: more than 2^31 blocks of 2,048 elements");
   const auto kernel = weights ? combine_kernel<true> : combine_kernel<false>;
-  kernel<<<unsigned(blocks), 256, 0, reinterpret_cast<cudaStream_t>(stream)>>>(p, tokens, int(k), chunks, y, inverse, weights, out);
+  kernel<<<unsigned(blocks), 256, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+      p, tokens, int(k), chunks, y, inverse, weights, out);
   check(cudaGetLastError());
 }
 

@@ -1,5 +1,5 @@
-"""The steps of ``moe_experts`` on Hopper (csrc/cuda/moe.cu), bf16, with D and I multiples of 8. Nothing here waits for the
-device or looks at the routing, so all of it can be captured in a CUDA graph."""
+"""The steps of ``moe_experts`` on Hopper (csrc/cuda/moe.cu), bf16, with D and I multiples of 8. Nothing here waits for
+the device or looks at the routing, so all of it can be captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def down_backward(dout: Tensor, down: Tensor, h: Tensor, weights: Tensor, plan) 
     dweights, dh, a = torch.empty_like(weights), _rows(h, plan, 2 * i), _rows(h, plan, i)
     partial = weights.new_empty(core.moe_partials(h.shape[0], i))
     _call(
-        core.moe_down_backward, plan, d, i, _aligned(dout), _experts(down), _aligned(h), weights.data_ptr(), dweights.data_ptr(),
-        rows(dh), rows(a), partial.data_ptr(),
+        core.moe_down_backward, plan, d, i, _aligned(dout), _experts(down), _aligned(h), weights.data_ptr(),
+        dweights.data_ptr(), rows(dh), rows(a), partial.data_ptr(),
     )
     return dweights, dh, a
 
@@ -61,7 +61,8 @@ def combine_backward(dx_rows: Tensor, plan, N: int) -> Tensor:
 
 
 def weight_grad(left: Tensor, right: Tensor, plan, out: Tensor, accumulate: bool, gathered: str) -> None:
-    """out[e] (+)= left[rows of e].T @ right[rows of e]; out [E, P, Q], float32 or bfloat16; ``gathered``: "left" or "right"."""
+    """out[e] (+)= left[rows of e].T @ right[rows of e]; out [E, P, Q], float32 or bfloat16. ``gathered`` ("left" or "right")
+    names the operand with a row for each token; the other has one for each row of the plan."""
     _call(
         core.moe_weight_grad, plan, left.shape[1], _aligned(left), right.shape[1], _aligned(right), gathered == "left",
         _experts(out), accumulate,
@@ -71,8 +72,8 @@ def weight_grad(left: Tensor, right: Tensor, plan, out: Tensor, accumulate: bool
 def _combine(y: Tensor, tokens: int, weights: Tensor | None, plan) -> Tensor:
     out = y.new_empty(tokens, y.shape[1])
     _call(
-        core.moe_combine, plan, tokens, plan.inverse.shape[0] // max(tokens, 1), y.shape[1], _aligned(y), plan.inverse.data_ptr(),
-        0 if weights is None else weights.data_ptr(), rows(out),
+        core.moe_combine, plan, tokens, plan.inverse.shape[0] // max(tokens, 1), y.shape[1], _aligned(y),
+        plan.inverse.data_ptr(), 0 if weights is None else weights.data_ptr(), rows(out),
     )
     return out
 
@@ -102,5 +103,7 @@ def _experts(t: Tensor) -> tuple[int, int, int, int]:
 
 def _check(t: Tensor) -> None:
     if t.stride(-1) != 1 or t.data_ptr() % 16 or any(s * t.element_size() % 16 for s in t.stride()[:-1]):
-        raise ValueError(f"moe_experts: a tensor {tuple(t.shape)} with strides {t.stride()} has rows that do not start on 16-byte "
-                         "boundaries; expected contiguous rows of a multiple of 8 elements")
+        raise ValueError(
+            f"moe_experts: the rows of a tensor {tuple(t.shape)} with strides {t.stride()} do not all start on 16-byte "
+            "boundaries; expected contiguous rows of a multiple of 8 elements"
+        )
