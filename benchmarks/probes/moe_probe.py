@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic mode
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from qwen3_kernels.cuda import moe_experts as ours  # noqa: E402
+from qwen3_kernels.cuda import moe_experts as ours
 
 # name: tokens, D, I, experts, K, routing
 CHECKS = {
@@ -93,7 +93,10 @@ def plan_of(ids: Tensor, experts: int) -> Plan:
 class Problem:
     def __init__(self, tokens: int, d: int, i: int, experts: int, k: int, kind: str) -> None:
         torch.manual_seed(0)
-        normal = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
         self.x, self.dout = normal(tokens, d), normal(tokens, d)
         self.gate_up, self.down = normal(experts, 2 * i, d) * d**-0.5, normal(experts, d, i) * i**-0.5
         self.weights = torch.rand(tokens, k, device="cuda").softmax(1)
@@ -175,6 +178,7 @@ def check(name: str, p: Problem) -> bool:
     def step(label, run, reference, rows: bool):
         nonlocal good
         enter(f"{name}: {label}")
+
         def used(t):  # rows of dropped assignments hold nothing
             return t[: p.rows] if rows and t.shape[0] == p.plan.token.shape[0] else t
 
@@ -198,21 +202,22 @@ def check(name: str, p: Problem) -> bool:
     h, a = step("up", lambda: ours.up(p.x, p.gate_up, plan), lambda r: r.up(p.x, p.gate_up), True)
     y, = step("down", lambda: (ours.down(a, p.down, plan),), lambda r: r.down(a, p.down), True)
     step("combine", lambda: (ours.combine(y, p.weights, plan),), lambda r: r.combine(y, p.weights, p.tokens), False)
-    dw, dh, scaled = step("down_backward", lambda: ours.down_backward(p.dout, p.down, h, p.weights, plan),
-                          lambda r: r.down_backward(p.dout, p.down, h, p.weights), True)
+    _, dh, scaled = step("down_backward", lambda: ours.down_backward(p.dout, p.down, h, p.weights, plan),
+                         lambda r: r.down_backward(p.dout, p.down, h, p.weights), True)
     dx, = step("up_backward", lambda: (ours.up_backward(dh, p.gate_up, plan),), lambda r: r.up_backward(dh, p.gate_up),
                True)
     step("combine_backward", lambda: (ours.combine_backward(dx, plan, p.tokens),),
          lambda r: r.combine(dx, None, p.tokens), False)
-    del y, dx
-    for label, left, right, gathered in (("dW2", p.dout, scaled, "left"), ("dW1", dh, p.x, "right")):
+
+    def weight_grads(label, left, right, gathered):
+        nonlocal good
         step(label, lambda: weight_grad(p, left, right, gathered, None),
              lambda r: r.weight_grad(left, right, gathered, None), False)
         if p.tokens <= 2000:
             for dtype in (torch.bfloat16, torch.float32):
                 before = torch.randn(p.experts, left.shape[1], right.shape[1], device="cuda", dtype=dtype)
-                step(f"{label} += {str(dtype)[6:]}", lambda: weight_grad(p, left, right, gathered, before),
-                     lambda r: r.weight_grad(left, right, gathered, before), False)
+                step(f"{label} += {str(before.dtype)[6:]}", lambda b=before: weight_grad(p, left, right, gathered, b),
+                     lambda r, b=before: r.weight_grad(left, right, gathered, b), False)
             step(f"{label} float32", lambda: weight_grad(p, left, right, gathered, None, torch.float32),
                  lambda r: r.weight_grad(left, right, gathered, None), False)
             # Rows of other experts must not leak in, whatever they hold: here NaN.
@@ -223,6 +228,9 @@ def check(name: str, p: Problem) -> bool:
             if out[:last].isnan().any():
                 good = False
                 print(f"  {name}: {label}: NaN of expert {last} in another's gradient")
+
+    weight_grads("dW2", p.dout, scaled, "left")
+    weight_grads("dW1", dh, p.x, "right")
     print(f"{'ok  ' if good else 'FAIL'} {name}: {', '.join(worst)}", flush=True)
     return good
 
@@ -278,7 +286,7 @@ def measure(name: str, p: Problem) -> list[str]:
 
     h, a = ours.up(p.x, p.gate_up, plan)
     y = ours.down(a, p.down, plan)
-    dweights, dh, scaled = ours.down_backward(p.dout, p.down, h, p.weights, plan)
+    _, dh, scaled = ours.down_backward(p.dout, p.down, h, p.weights, plan)
     moved = (p.tokens * (p.k + 1)) * p.d * 2
     line("up", 2 * unit, lambda: ours.up(p.x, p.gate_up, plan))
     line("down", unit, lambda: ours.down(a, p.down, plan))
@@ -290,7 +298,6 @@ def measure(name: str, p: Problem) -> list[str]:
     line("dW1", 2 * unit, lambda: ours.weight_grad(dh, p.x, plan, dw1, False, "right"))
     line("dW2 +=", unit, lambda: ours.weight_grad(p.dout, scaled, plan, dw2, True, "left"))
     line("dW1 +=", 2 * unit, lambda: ours.weight_grad(dh, p.x, plan, dw1, True, "right"))
-    del h, a, y, dh, scaled
 
     def forward():
         h, a = ours.up(p.x, p.gate_up, plan)
@@ -298,7 +305,7 @@ def measure(name: str, p: Problem) -> list[str]:
 
     def both():
         h, _ = forward()
-        dw, dh, scaled = ours.down_backward(p.dout, p.down, h, p.weights, plan)
+        _, dh, scaled = ours.down_backward(p.dout, p.down, h, p.weights, plan)
         ours.weight_grad(p.dout, scaled, plan, dw2, False, "left")
         ours.weight_grad(dh, p.x, plan, dw1, False, "right")
         return ours.combine_backward(ours.up_backward(dh, p.gate_up, plan), plan, p.tokens)
