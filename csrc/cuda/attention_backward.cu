@@ -23,12 +23,13 @@ namespace qwen3::cuda {
 namespace {
 
 constexpr int kWidth = 128, kKeys = 128, kQueries = 64, kStages = 3;
+constexpr int kAdders = 3;  // threads that add to dQ, a step each: a contribution takes longer than a step
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
 constexpr int kSlab = 64 * 128;              // bytes of 64 elements of 64 rows; of 128 rows twice that, in one piece
 constexpr int kKeyTile = 4 * kSlab, kQueryTile = 2 * kSlab;
 constexpr int kRows = kQueries * 4;          // bytes of a number a query
 constexpr int kSums = kQueries * kWidth * 4;  // bytes of a block of dQ
-constexpr int kShared = 3 * kKeyTile + kSums + 2 * kStages * (kQueryTile + kRows) + (5 + 4 * kStages) * 8 + (kStages + 1) * 4;
+constexpr int kShared = 3 * kKeyTile + kSums + 2 * kStages * (kQueryTile + kRows) + (3 + kAdders + 4 * kStages) * 8 + (kStages + 1) * 4;
 constexpr float kLog2e = 1.4426950408889634f;
 
 __device__ inline int blocks_of(int length) { return (length + kKeys - 1) / kKeys; }
@@ -127,7 +128,7 @@ __device__ inline int load_acquire(const int* p) {
   return x;
 }
 __device__ inline void store_release(int* p, int x) {
-  asm volatile("fence.acq_rel.gpu;\nst.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 
 // A thread's share of 64 rows x 128 columns, as wgmma leaves it, to rows of bf16.
@@ -200,14 +201,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* const lse_rows = reinterpret_cast<float*>(dq_tile + kSums);
   float* const delta_rows = lse_rows + kStages * kQueries;
   uint64_t* const keys_full = reinterpret_cast<uint64_t*>(delta_rows + kStages * kQueries);
-  uint64_t *const keys_empty = keys_full + 1, *const dq_full = keys_empty + 1, *const dq_empty = dq_full + 2, *const q_full = dq_empty + 1, *const q_empty = q_full + kStages;
+  uint64_t *const keys_empty = keys_full + 1, *const dq_full = keys_empty + 1, *const dq_empty = dq_full + kAdders, *const q_full = dq_empty + 1, *const q_empty = q_full + kStages;
   uint64_t *const dout_full = q_empty + kStages, *const dout_empty = dout_full + kStages;
   int *const visible = reinterpret_cast<int*>(dout_empty + kStages);  // keys that a stage's first query sees before its own
   int* const ticket = visible + kStages;
 
   if (threadIdx.x == 0) {
     tma_prefetch_map(&q_map), tma_prefetch_map(&k_map), tma_prefetch_map(&v_map), tma_prefetch_map(&dout_map);
-    barrier_init(keys_full, 1), barrier_init(keys_empty, kConsumers), barrier_init(dq_full, 128), barrier_init(dq_full + 1, 128), barrier_init(dq_empty, 1);
+    barrier_init(keys_full, 1), barrier_init(keys_empty, kConsumers), barrier_init(dq_empty, 1);
+    for (int i = 0; i < kAdders; ++i) barrier_init(dq_full + i, 128);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(q_full + i, 1), barrier_init(dout_full + i, 1);
       barrier_init(q_empty + i, kConsumers), barrier_init(dout_empty + i, kConsumers);
@@ -254,16 +256,16 @@ __global__ void __launch_bounds__(kThreads, 1)
           bulk_load(delta_rows + stage * kQueries, a.delta + rows, dout_full + stage, kRows);
         }
       }
-    } else if (threadIdx.x == 32 || threadIdx.x == 64) {  // add a warpgroup's contributions to dQ when their turn comes
-      const int consumer = threadIdx.x / 64;
+    } else if (threadIdx.x % 32 == 0) {  // adds to dQ when it is its turn
+      const int adder = threadIdx.x / 32 - 1;
 #pragma unroll 1
       for (int part = 0; part < parts; ++part) {
 #pragma unroll 1
         for (walk.begin(part); walk.more(); walk.next()) {
-          if (walk.step % 2 != consumer) continue;
+          if (walk.step % kAdders != adder) continue;
           const int place = walk.place(w, base, q_heads), before = walk.before();
           while (!(a.variant & 2) && load_acquire(a.turns + place) != before) {}
-          barrier_wait(dq_full + consumer, walk.step / 2 % 2);
+          barrier_wait(dq_full + adder, walk.step / kAdders % 2);
           float* const to = a.dq_sum + int64_t(place) * kQueries * kWidth;
           before == 0 ? bulk_store(to, dq_tile, kSums) : bulk_add(to, dq_tile, kSums);
           bulk_commit();
@@ -344,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmma_fence();
     sum(dv, packed, dout_tile, step > first_step);
     wgmma_wait<1>();
-    if (lonely && before % kKeys == 0 && quarter == 0) dp[0] = dp[2] = delta_rows[stage * kQueries];  // exactly zero
+    if (lonely && (!CAUSAL || before == 0) && quarter == 0) dp[0] = dp[2] = delta_rows[stage * kQueries];  // exactly zero
     uint32_t ds[4][4];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -378,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int j = 0; j < 16; ++j) to[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
       shared_fence();
-      barrier_arrive(dq_full + reader);
+      barrier_arrive(dq_full + step % kAdders);
     }
     if (threadIdx.x % 128 == 0) barrier_arrive(q_empty + stage), barrier_arrive(dout_empty + stage);
   }
