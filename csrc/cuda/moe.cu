@@ -491,11 +491,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if (first && consumer == 1) named_sync(1, 256);
       // Nothing but padding: no products, and the other warpgroup has the tensor cores for itself.
       if (!kGradient && t.own + consumer * 64 >= t.end) {
+        // One warp for all: without products to keep them together, one that is late from the last epilogue could find that
+        // a barrier has gone round twice.
         for (int k = 0; k < steps; ++k) {
-          barrier_wait(full + stage, phase);
-          release(stage);
+          if (warp == 0) barrier_wait(full + stage, phase), release(stage);
           next_stage();
         }
+        named_sync(2 + consumer, 128);
         continue;
       }
       const Place own{t.own + consumer * 64 + warp * 16 + lane / 4, t.column, q};
