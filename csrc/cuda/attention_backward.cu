@@ -15,6 +15,7 @@
 // A contribution waits only for work dealt before it, so there is always one that can run.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
@@ -301,95 +302,116 @@ __global__ void __launch_bounds__(kThreads, 1)
   float dk[64], dv[64];
   // Named barriers: 1 and 2, dS of an even or odd step is there; 3 and 4, it has been read by the warpgroup whose turn it is.
   named_arrive(3 + consumer, 256);
-  int step = 0, steps = 0;
-  if (parts == 2) walk.begin(1), steps = walk.steps();
-  walk.begin(0), steps += walk.steps();
-
+  int step = 0;
   for (int part = 0; part < parts; ++part) {
-  walk.begin(part);
-  const int live_keys = s.length - walk.key_block * kKeys, first_step = step, last_step = step + walk.steps();
-  const bool lonely = walk.key_block == 0 && (CAUSAL || s.length == 1);  // the first query sees one key
-  barrier_wait(keys_full, part);
-  for (; step < last_step; ++step) {
-    const int stage = step % kStages;
-    const uint32_t phase = step / kStages % 2;
-    const uint8_t *const q_tile = q_tiles + stage * kQueryTile, *const dout_tile = dout_tiles + stage * kQueryTile;
-    float p[32], dp[32];
-    uint32_t packed[4][4];
+    walk.begin(part);
+    const int live_keys = s.length - walk.key_block * kKeys, first_step = step;
+    const bool lonely = walk.key_block == 0 && (CAUSAL || s.length == 1);  // the first query sees one key
+    float p[32], dp[32];  // scores and then probabilities; dP
 
-    barrier_wait(q_full + stage, phase);
-    wgmma_fence();
-    product(p, k_tile + consumer * kSlab, q_tile);
-    barrier_wait(dout_full + stage, phase);
-    wgmma_fence();
-    product(dp, v_tile + consumer * kSlab, dout_tile);
-    wgmma_wait<1>();
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 shift = reinterpret_cast<const float2*>(lse_rows + stage * kQueries)[quarter + 4 * j];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        p[4 * j + 2 * half] = exp2_fast(fmaf(p[4 * j + 2 * half], a.scale_log2, -shift.x));
-        p[4 * j + 2 * half + 1] = exp2_fast(fmaf(p[4 * j + 2 * half + 1], a.scale_log2, -shift.y));
-      }
-    }
-    const int before = visible[stage];
-    if (live_keys < kKeys || before < kKeys) {
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        const int query = i / 4 * 8 + 2 * quarter + i % 2, key = local_key + i / 2 % 2 * 8;
-        if (key >= live_keys || key > query + before) p[i] = 0;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 16; ++i) packed[i / 4][i % 4] = pack_pair(p[2 * i], p[2 * i + 1]);
-    wgmma_fence();
-    sum(dv, packed, dout_tile, step > first_step);
-    wgmma_wait<1>();
-    if (lonely && (!CAUSAL || before == 0) && quarter == 0) dp[0] = dp[2] = delta_rows[stage * kQueries];  // exactly zero
-    uint32_t ds[4][4];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float2 shift = reinterpret_cast<const float2*>(delta_rows + stage * kQueries)[quarter + i / 2 * 4];
-      ds[i / 4][i % 4] = pack_pair(p[2 * i] * (dp[2 * i] - shift.x), p[2 * i + 1] * (dp[2 * i + 1] - shift.y));
-    }
-    const int reader = step % 2;  // the warpgroup that multiplies this step's dS by the keys
-    if (reader != consumer) named_sync(3 + reader, 256);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) store_matrices(ds_row + reader * 2 * kSlab + ((2 * j + lane / 16) ^ lane % 8) * 16, ds[j]);
-    shared_fence();
-    wgmma_fence();
-    sum(dk, ds, q_tile, step > first_step);
-    if (reader != consumer) {
-      named_arrive(1 + reader, 256);
-      wgmma_wait<0>();
-    } else {
-      float dq[64];
-      named_sync(1 + reader, 256);
-      wgmma_wait<0>();  // dV and dK are done, and their operands' registers free for dQ
+    const auto begin_scores = [&](int step) {
+      barrier_wait(q_full + step % kStages, step / kStages % 2);
       wgmma_fence();
+      product(p, k_tile + consumer * kSlab, q_tiles + step % kStages * kQueryTile);
+    };
+    const auto begin_dp = [&](int step) {
+      barrier_wait(dout_full + step % kStages, step / kStages % 2);
+      wgmma_fence();
+      product(dp, v_tile + consumer * kSlab, dout_tiles + step % kStages * kQueryTile);
+    };
+    const auto release = [&](int step) {
+      const int stage = step % kStages;
+      if (threadIdx.x % 128 == 0) barrier_arrive(q_empty + stage), barrier_arrive(dout_empty + stage);
+    };
+    // A step whose first two products have begun. READS: it is this warpgroup that multiplies dS by the keys; then nothing is
+    // on its way at the end. Else dK is.
+    const auto finish = [&](auto reads) __attribute__((always_inline)) {
+      constexpr bool READS = decltype(reads)::value;
+      const int stage = step % kStages, reader = READS ? consumer : consumer ^ 1;
+      const uint8_t *const q_tile = q_tiles + stage * kQueryTile, *const dout_tile = dout_tiles + stage * kQueryTile;
+      uint32_t packed[4][4], ds[4][4];
+      wgmma_wait<1>();
 #pragma unroll
-      for (int j = 0; j < kKeys / 16; ++j)
-        wgmma_m64n128k16_transposed(dq, matrix_descriptor_transposed(ds_tiles + reader * 2 * kSlab, 0) + (j * 16 * 128 >> 4),
-                                    matrix_descriptor_transposed(k_tile, 2 * kSlab) + (j * 16 * 128 >> 4), j > 0);
-      wgmma_commit();
-      wgmma_wait<0>();
-      if (step + 2 < steps) named_arrive(3 + reader, 256);
-      barrier_wait(dq_empty, step % 2 ^ 1);
-      float4* const to = reinterpret_cast<float4*>(dq_tile) + threadIdx.x % 128;
+      for (int j = 0; j < 8; ++j) {
+        const float2 shift = reinterpret_cast<const float2*>(lse_rows + stage * kQueries)[quarter + 4 * j];
 #pragma unroll
-      for (int j = 0; j < 16; ++j) to[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-      shared_fence();
-      barrier_arrive(dq_full + step % kAdders);
-    }
-    if (threadIdx.x % 128 == 0) barrier_arrive(q_empty + stage), barrier_arrive(dout_empty + stage);
-  }
+        for (int half = 0; half < 2; ++half) {
+          p[4 * j + 2 * half] = exp2_fast(fmaf(p[4 * j + 2 * half], a.scale_log2, -shift.x));
+          p[4 * j + 2 * half + 1] = exp2_fast(fmaf(p[4 * j + 2 * half + 1], a.scale_log2, -shift.y));
+        }
+      }
+      const int before = visible[stage];
+      if (live_keys < kKeys || before < kKeys) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          const int query = i / 4 * 8 + 2 * quarter + i % 2, key = local_key + i / 2 % 2 * 8;
+          if (key >= live_keys || key > query + before) p[i] = 0;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 16; ++i) packed[i / 4][i % 4] = pack_pair(p[2 * i], p[2 * i + 1]);
+      wgmma_fence();
+      sum(dv, packed, dout_tile, step > first_step);
+      wgmma_wait<1>();
+      if (lonely && (!CAUSAL || before == 0) && quarter == 0) dp[0] = dp[2] = delta_rows[stage * kQueries];  // exactly zero
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float2 shift = reinterpret_cast<const float2*>(delta_rows + stage * kQueries)[quarter + i / 2 * 4];
+        ds[i / 4][i % 4] = pack_pair(p[2 * i] * (dp[2 * i] - shift.x), p[2 * i + 1] * (dp[2 * i + 1] - shift.y));
+      }
+      if (!READS) named_sync(3 + reader, 256);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) store_matrices(ds_row + reader * 2 * kSlab + ((2 * j + lane / 16) ^ lane % 8) * 16, ds[j]);
+      async_proxy_fence();
+      wgmma_fence();
+      sum(dk, ds, q_tile, step > first_step);
+      if constexpr (!READS) {
+        named_arrive(1 + reader, 256);
+      } else {
+        float dq[64];
+        named_sync(1 + reader, 256);
+        wgmma_wait<0>();  // dV and dK are done, and their operands' registers free for dQ
+        wgmma_fence();
+#pragma unroll
+        for (int j = 0; j < kKeys / 16; ++j)
+          wgmma_m64n128k16<1, 1>(dq, matrix_descriptor_transposed(ds_tiles + reader * 2 * kSlab, 0) + (j * 16 * 128 >> 4),
+                                 matrix_descriptor_transposed(k_tile, 2 * kSlab) + (j * 16 * 128 >> 4), j > 0);
+        wgmma_commit();
+        release(step);
+        barrier_wait(dq_empty, step % 2 ^ 1);
+        wgmma_wait<0>();
+        named_arrive(3 + reader, 256);
+        float4* const to = reinterpret_cast<float4*>(dq_tile) + threadIdx.x % 128;
+#pragma unroll
+        for (int j = 0; j < 16; ++j) to[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+        async_proxy_fence();
+        barrier_arrive(dq_full + step % kAdders);
+      }
+      ++step;
+    };
 
-  if (threadIdx.x % 128 == 0) barrier_arrive(keys_empty);
-  const int64_t stride = a.k_heads * kWidth, at = (s.row * a.k_heads + w.k_head) * kWidth;
-  const int first_row = walk.key_block * kKeys + local_key;
-  write_rows(dk, a.scale, first_row, s.length, static_cast<__nv_bfloat16*>(a.dk) + at, stride, quarter);
-  write_rows(dv, 1.f, first_row, s.length, static_cast<__nv_bfloat16*>(a.dv) + at, stride, quarter);
+    // The first warpgroup reads in the first step of every two, the second one in the second.
+    int left = walk.steps();
+    barrier_wait(keys_full, part);
+    if (consumer == 0) begin_scores(step), begin_dp(step), finish(std::true_type()), --left;
+    for (; left >= 2; left -= 2) {
+      begin_scores(step), begin_dp(step), finish(std::false_type());
+      begin_scores(step);
+      wgmma_wait<1>();  // the operand of the last dK lies where dP will
+      release(step - 1);
+      begin_dp(step), finish(std::true_type());
+    }
+    if (left) {
+      begin_scores(step), begin_dp(step), finish(std::false_type());
+      wgmma_wait<0>();
+      release(step - 1);
+    }
+
+    if (threadIdx.x % 128 == 0) barrier_arrive(keys_empty);
+    const int64_t stride = a.k_heads * kWidth, at = (s.row * a.k_heads + w.k_head) * kWidth;
+    const int first_row = walk.key_block * kKeys + local_key;
+    write_rows(dk, a.scale, first_row, s.length, static_cast<__nv_bfloat16*>(a.dk) + at, stride, quarter);
+    write_rows(dv, 1.f, first_row, s.length, static_cast<__nv_bfloat16*>(a.dv) + at, stride, quarter);
   }
 }
 

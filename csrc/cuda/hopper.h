@@ -108,7 +108,7 @@ __device__ inline void copy_async(uint32_t dst, const void* src, int bytes) {
 __device__ inline void copy_async_arrive(uint64_t* bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
 }
-// What others wrote by ordinary means and a barrier has made visible, wgmma may read from here on.
+// What was written to shared memory by ordinary means, by this thread or before a barrier, wgmma and bulk copies see from here on.
 __device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
@@ -176,26 +176,17 @@ __device__ inline void wgmma_m64n128k16(float (&d)[64], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
 }
 
-// d[64 x 64] (+)= a[64 x 16] b[64 x 16]^T.
+// d[64 x 64] (+)= a[64 x 16] b[64 x 16]^T; as above.
+template <int A_T = 0, int B_T = 0>
 __device__ inline void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, %35, %36;\n}"
       : QWEN3_ACC32(d, 0)
-      : "l"(a), "l"(b), "r"(int(accumulate)));
+      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(A_T), "n"(B_T));
 }
-// d[64 x 128] (+)= a[16 x 64]^T b[16 x 128], both by transposed descriptors.
-__device__ inline void wgmma_m64n128k16_transposed(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" QWEN3_ACC64_NAMES "}, %64, %65, p, 1, 1, 1, 1;\n}"
-      : QWEN3_ACC32(d, 0), QWEN3_ACC32(d, 32)
-      : "l"(a), "l"(b), "r"(int(accumulate)));
-}
-// What this thread wrote to shared memory becomes visible to wgmma and TMA.
-__device__ inline void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Four 8 x 8 matrices of 16 bits, held like accumulators, to the rows of shared memory at whose addresses
 // lanes 8 i to 8 i + 7 point for matrix i.
 __device__ inline void store_matrices(uint32_t row, const uint32_t (&r)[4]) {
