@@ -41,13 +41,15 @@ TILES = {
     "up_backward": {0: Tile(16, 64, 128, 4, 4), 24: Tile(64, 128, 64, 4, 4), 96: Tile(128, 256, 64, 8, 3)},
     "weight_grad": {0: Tile(128, 128, 16, 4, 3), 24: Tile(128, 256, 64, 8, 3)},  # rows and cols of the weight
 }
-FLOAT32 = Tile(32, 64, 32, 4, 2)  # no tensor cores: float32 is multiplied as it is
+PLAIN = Tile(32, 64, 32, 4, 2)  # float32, which is multiplied as it is, without tensor cores; rows of odd sizes
 SEARCHED = 32  # rows per expert below which each program finds its tile itself, which takes a microsecond but no launch
 
 
-def tile_of(step: str, R: int, E: int, dtype: torch.dtype) -> Tile:
-    if dtype == torch.float32:
-        return FLOAT32
+def tile_of(step: str, R: int, weight: Tensor) -> Tile:
+    """Of a step with the weights (or gradients of weights) [E, P, Q]."""
+    E, P, Q = weight.shape
+    if weight.dtype == torch.float32 and step != "weight_grad" or P % 8 or Q % 8:
+        return PLAIN
     table = TILES[step]
     return table[max(bound for bound in table if bound * E <= R)]
 
@@ -123,7 +125,7 @@ def _row_tile(rows, row, k, R, K: tl.constexpr, BM: tl.constexpr, BK: tl.constex
 # --- The kernels.
 
 
-@triton.jit(do_not_specialize=["x_stride", "T"])
+@triton.jit(do_not_specialize=["T"])
 def _up_kernel(
     x, gate_up, h, a, tiles, offsets, token, x_stride, T, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
@@ -179,7 +181,32 @@ def _rows_kernel(
     tl.store(out + rows.to(tl.int64) * N + cols, cast(total, out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["dout_stride", "R", "T"])
+@triton.jit
+def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of x [BM, BN]."""
+    return tl.split(tl.permute(tl.reshape(x, [BM, 2, BN // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _swiglu_backward(da, weight, h, dh, a, rows, end, n, I: tl.constexpr, BN: tl.constexpr):
+    """Columns n to n + BN of the gradient of h and of the weighted activation, stored; returns the rows' sums of da · a."""
+    dtype: tl.constexpr = dh.dtype.element_ty
+    cols = n + tl.arange(0, BN)[None, :]
+    mask = (rows < end)[:, None] & (cols < I)
+    at = rows.to(tl.int64)[:, None]
+    g = tl.load(h + at * (2 * I) + cols, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(h + at * (2 * I) + I + cols, mask=mask, other=0.0).to(tl.float32)
+    s = _divide(1.0, 1.0 + exp(-g, dtype == tl.float32), dtype)
+    silu = g * s
+    act = silu * u
+    tl.store(a + at * I + cols, cast(weight[:, None] * act, dtype), mask=mask)
+    weighted = da * weight[:, None]
+    tl.store(dh + at * (2 * I) + I + cols, cast(weighted * silu, dtype), mask=mask)
+    tl.store(dh + at * (2 * I) + cols, cast(weighted * u * (s * (1.0 + g * (1.0 - s))), dtype), mask=mask)
+    return tl.sum(tl.where(mask, da * act, 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["R", "T"])
 def _down_backward_kernel(
     dout, down, h, weights, dh, a, partial, tiles, offsets, token, slot, dout_stride, R, T, D: tl.constexpr, I: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
@@ -198,21 +225,17 @@ def _down_backward_kernel(
         left = _gathered_tile(base, k, D, BK)
         right = _weight_tile(down, expert, k, n, D, I, BK, BN, TMA)
         da = dot(left, right, da)
-    dtype: tl.constexpr = dh.dtype.element_ty
-    cols = n + tl.arange(0, BN)[None, :]
-    mask = (rows < end)[:, None] & (cols < I)
-    at = rows.to(tl.int64)[:, None]
-    g = tl.load(h + at * (2 * I) + cols, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(h + at * (2 * I) + I + cols, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weights + tl.load(slot + inside)).to(tl.float32)
-    s = _divide(1.0, 1.0 + exp(-g, dtype == tl.float32), dtype)
-    silu = g * s
-    act = silu * u
-    tl.store(partial + block.to(tl.int64) * R + rows, tl.sum(tl.where(mask, da * act, 0.0), 1), mask=rows < end)
-    tl.store(a + at * I + cols, cast(weight[:, None] * act, dtype), mask=mask)
-    da *= weight[:, None]
-    tl.store(dh + at * (2 * I) + I + cols, cast(da * silu, dtype), mask=mask)
-    tl.store(dh + at * (2 * I) + cols, cast(da * u * (s * (1.0 + g * (1.0 - s))), dtype), mask=mask)
+    # In quarters: at once, the operands of SwiGLU's gradient would not fit into the registers.
+    first, second = _halves(da, BM, BN)
+    first, third = _halves(first, BM, BN // 2)
+    second, fourth = _halves(second, BM, BN // 2)
+    Q: tl.constexpr = BN // 4
+    dot_ = _swiglu_backward(first, weight, h, dh, a, rows, end, n, I, Q)
+    dot_ += _swiglu_backward(third, weight, h, dh, a, rows, end, n + Q, I, Q)
+    dot_ += _swiglu_backward(second, weight, h, dh, a, rows, end, n + 2 * Q, I, Q)
+    dot_ += _swiglu_backward(fourth, weight, h, dh, a, rows, end, n + 3 * Q, I, Q)
+    tl.store(partial + block.to(tl.int64) * R + rows, dot_, mask=rows < end)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -246,7 +269,7 @@ def _combine_kernel(
     tl.store(out + n * D + cols, cast(total, out.dtype.element_ty), mask=cols < D)
 
 
-@triton.jit(do_not_specialize=["left_stride", "right_stride"])
+@triton.jit
 def _weight_grad_kernel(
     left, right, out, offsets, token, left_stride, right_stride, P: tl.constexpr, Q: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, LEFT_GATHERED: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -261,7 +284,12 @@ def _weight_grad_kernel(
         return
     ps = (pid % p_blocks) * BM + tl.arange(0, BM)[None, :]
     qs = (pid // p_blocks % q_blocks) * BN + tl.arange(0, BN)[None, :]
-    total = tl.zeros([BM, BN], tl.float32)
+    at = (expert.to(tl.int64) * P + ps.T) * Q + qs
+    mask = (ps.T < P) & (qs < Q)
+    if ACCUMULATE:
+        total = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        total = tl.zeros([BM, BN], tl.float32)
     for start in range(begin, end, BK):
         row = start + tl.arange(0, BK)
         inside = (row < end)[:, None]
@@ -272,10 +300,6 @@ def _weight_grad_kernel(
         left_tile = tl.load(left + left_row * left_stride + ps, mask=inside & (ps < P), other=0.0)
         right_tile = tl.load(right + right_row * right_stride + qs, mask=inside & (qs < Q), other=0.0)
         total = dot(left_tile.T, right_tile, total)
-    at = (expert.to(tl.int64) * P + ps.T) * Q + qs
-    mask = (ps.T < P) & (qs < Q)
-    if ACCUMULATE:
-        total += tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, cast(total, out.dtype.element_ty), mask=mask)
 
 
@@ -309,7 +333,7 @@ def _shape(tile: Tile) -> dict:
 
 def up(x: Tensor, gate_up: Tensor, plan: Plan, keep: bool = True) -> tuple[Tensor | None, Tensor]:
     (E, double, D), R = gate_up.shape, plan.token.numel()
-    width, tile = double // 2, tile_of("up", R, E, x.dtype)
+    width, tile = double // 2, tile_of("up", R, gate_up)
     h = torch.empty(R, double, dtype=x.dtype, device=x.device) if keep else None
     a = torch.empty(R, width, dtype=x.dtype, device=x.device)
     weight = _descriptor(gate_up, [1, tile.cols, tile.depth])
@@ -322,7 +346,7 @@ def up(x: Tensor, gate_up: Tensor, plan: Plan, keep: bool = True) -> tuple[Tenso
 
 def _rows_times_weight(step: str, rows: Tensor, weight: Tensor, plan: Plan, transposed: bool) -> Tensor:
     (R, K), E = rows.shape, weight.shape[0]
-    N, tile = weight.shape[1 if transposed else 2], tile_of(step, R, E, rows.dtype)
+    N, tile = weight.shape[1 if transposed else 2], tile_of(step, R, weight)
     out = torch.empty(R, N, dtype=rows.dtype, device=rows.device)
     block = [1, tile.cols, tile.depth] if transposed else [1, tile.depth, tile.cols]
     left, right = _descriptor(rows, [tile.rows, tile.depth]), _descriptor(weight, block)
@@ -343,7 +367,7 @@ def up_backward(dh: Tensor, gate_up: Tensor, plan: Plan) -> Tensor:
 
 def down_backward(dout: Tensor, down: Tensor, h: Tensor, weights: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     (E, D, width), R, device = down.shape, plan.token.numel(), dout.device
-    tile = tile_of("down_backward", R, E, dout.dtype)
+    tile = tile_of("down_backward", R, down)
     blocks = triton.cdiv(width, tile.cols)
     dh, a = torch.empty_like(h), torch.empty(R, width, dtype=h.dtype, device=device)
     partial = torch.empty(blocks, R, dtype=torch.float32, device=device)
@@ -380,7 +404,7 @@ def _combine(y: Tensor, weights: Tensor | None, plan: Plan, N: int) -> Tensor:
 
 def weight_grad(left: Tensor, right: Tensor, plan: Plan, out: Tensor, accumulate: bool, gathered: str) -> None:
     E, P, Q = out.shape
-    tile = tile_of("weight_grad", plan.token.numel(), E, left.dtype)
+    tile = PLAIN if left.dtype == torch.float32 else tile_of("weight_grad", plan.token.numel(), out)
     grid = (E * triton.cdiv(P, tile.rows) * triton.cdiv(Q, tile.cols),)
     with on_device(left):
         _weight_grad_kernel[grid](

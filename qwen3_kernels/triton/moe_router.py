@@ -19,7 +19,7 @@ def _kept(x, at, cols, inside):
     return tl.where(inside, value, float("nan"))
 
 
-@triton.jit(do_not_specialize=["N", "stride"])
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     logits, given, mask, weights, ids, lse, partial, N, stride, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
     EP: tl.constexpr, KP: tl.constexpr, RENORMALISE: tl.constexpr,
@@ -46,7 +46,7 @@ def _forward_kernel(
             prob_sum += tl.sum(tl.where(there[:, None] & (cols < E), share, 0.0), 0)
         left = tl.where(cols < E, p, -1.0)
         value = tl.full([ROWS, KP], float("-inf"), tl.float32)  # logits of the chosen, or their probabilities
-        for k in tl.static_range(K):
+        for k in range(K):
             if given is None:
                 best = tl.max(left, 1)
                 at = tl.min(tl.where(left == best[:, None], cols, E - 1), 1)
@@ -65,7 +65,7 @@ def _forward_kernel(
         tl.store(partial + tl.program_id(0) * E + tl.arange(0, EP), prob_sum, mask=tl.arange(0, EP) < E)
 
 
-@triton.jit(do_not_specialize=["N", "stride"])
+@triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
     dweights, dprob_sum, dlse, logits, ids, mask, dlogits, N, stride, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
     EP: tl.constexpr, KP: tl.constexpr, RENORMALISE: tl.constexpr,
@@ -89,18 +89,18 @@ def _backward_kernel(
     if dweights is not None:
         if RENORMALISE:
             value = tl.full([ROWS, KP], float("-inf"), tl.float32)
-            for k in tl.static_range(K):
+            for k in range(K):
                 at = tl.load(ids + row * K + k, mask=there, other=0)
                 value = tl.where(ks == k, tl.sum(tl.where(cols == at[:, None], x, 0.0), 1)[:, None], value)
             w = exp(value - tl.max(value, 1)[:, None], True)
             w = tl.div_rn(w, tl.broadcast_to(tl.sum(w, 1)[:, None], [ROWS, KP]))
             dw = tl.load(dweights + row[:, None] * K + ks, mask=there[:, None] & (ks < K), other=0.0)
             d = w * (dw - tl.sum(w * dw, 1)[:, None])
-            for k in tl.static_range(K):
+            for k in range(K):
                 at = tl.load(ids + row * K + k, mask=there, other=0)
                 dx += tl.where(cols == at[:, None], tl.sum(tl.where(ks == k, d, 0.0), 1)[:, None], 0.0)
         else:
-            for k in tl.static_range(K):
+            for k in range(K):
                 at = tl.load(ids + row * K + k, mask=there, other=0)
                 dw = tl.load(dweights + row * K + k, mask=there, other=0.0)
                 dp += tl.where(cols == at[:, None], dw[:, None], 0.0)
