@@ -189,9 +189,7 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
     },
     "moe_experts": {
         "30B T8192 bf16": _moe_experts(8192, 2048, 768, 128, 8, BF16),
-        "235B T8192 bf16": _moe_experts(8192, 4096, 1536, 128, 8, BF16),
         "30B T1024 bf16": _moe_experts(1024, 2048, 768, 128, 8, BF16),
-        "30B T128 bf16": _moe_experts(128, 2048, 768, 128, 8, BF16),
         "30B T8 bf16": _moe_experts(8, 2048, 768, 128, 8, BF16, backward=False),
         "odd bf16": _moe_experts(4096, 1001, 333, 8, 2, BF16),
         "512 fp32": _moe_experts(1024, 512, 256, 8, 2, FP32),
