@@ -72,7 +72,7 @@ def weight_grad(left: Tensor, right: Tensor, plan: Plan, out: Tensor, accumulate
         out.copy_(torch._grouped_mm(left.T, right, plan.offsets[1:]))
         out.masked_fill_((plan.offsets.diff() == 0).view(-1, 1, 1), 0)
         return
-    for e, rows in _groups(plan, empty=True):
+    for e, rows in groups(plan, empty=True):
         product = (left[rows].T @ right[rows]).to(out.dtype)
         out[e] = out[e] + product if accumulate else product
 
@@ -88,12 +88,12 @@ def _product(rows: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     if grouped(rows) and weight.shape[2] % 8 == 0:
         return torch._grouped_mm(rows, weight, plan.offsets[1:])
     out = rows.new_zeros(rows.shape[0], weight.shape[2])
-    for e, part in _groups(plan):
+    for e, part in groups(plan):
         torch.mm(rows[part], weight[e], out=out[part])
     return out
 
 
-def _groups(plan: Plan, empty: bool = False):
+def groups(plan: Plan, empty: bool = False):
     bounds = plan.offsets.tolist()
     for e, (begin, end) in enumerate(zip(bounds, bounds[1:])):
         if empty or begin < end:

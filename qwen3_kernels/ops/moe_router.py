@@ -130,8 +130,18 @@ def routing_plan(ids: Tensor, num_experts: int) -> Plan:
     require(num_experts >= 1, op, "num_experts", num_experts, "at least 1")
     backend = "torch"
     if num_experts <= MAX_EXPERTS and ids.numel():
-        backend = dispatch.resolve("moe_router", ids.device.type, torch.float32)
+        backend = _plan_backend(ids.device.type)
     return Plan(*_plan(ids, num_experts, backend))
+
+
+def _plan_backend(device: str) -> str:
+    """The router's, but where `dispatch.use` names one that has no router (for the experts, say)."""
+    name = dispatch.resolve("moe_router", device, torch.float32)
+    known = name == "torch" or dispatch.unavailable("moe_router", name, device, torch.float32) is None
+    return name if known else dispatch.explain("moe_router", device, torch.float32).backend
+
+
+_plan_backend._dynamo_marked_constant = True
 
 
 # --- Plain torch.
