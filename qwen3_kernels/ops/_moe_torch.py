@@ -31,9 +31,13 @@ def down(a: Tensor, down: Tensor, plan: Plan) -> Tensor:
 
 def combine(y: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
     """y [R, D], weights [N, K] -> out [N, D]: each token's rows, weighted and summed in the order of k, in float32."""
-    K = weights.shape[1]
-    rows = y[plan.inverse].float().masked_fill((plan.inverse >= plan.offsets[-1]).unsqueeze(1), 0)
-    return (rows.view(-1, K, y.shape[1]) * weights.float().unsqueeze(2)).sum(1).to(y.dtype)
+    N, K = weights.shape
+    row, weights = plan.inverse.view(N, K), weights.float()
+    dropped = row >= plan.offsets[-1]
+    total = torch.zeros(N, y.shape[1], dtype=torch.float32, device=y.device)
+    for k in range(K):
+        total.addcmul_(y[row[:, k]].float().masked_fill_(dropped[:, k, None], 0), weights[:, k, None])
+    return total.to(y.dtype)
 
 
 def down_backward(dout: Tensor, down: Tensor, h: Tensor, weights: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
