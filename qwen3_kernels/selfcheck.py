@@ -13,6 +13,8 @@ from . import dispatch
 from .ops.attention import attention, attention_ref
 from .ops.cross_entropy import cross_entropy, cross_entropy_ref
 from .ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from .ops.moe_experts import moe_experts, moe_experts_ref
+from .ops.moe_router import moe_router, moe_router_ref
 from .ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from .ops.rms_norm import rms_norm, rms_norm_ref
 from .ops.swiglu import swiglu, swiglu_ref
@@ -110,11 +112,27 @@ def inputs_for(op: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         angle = torch.rand(7, 32, generator=g) * 100
         return {"q": rand(7, 4, 64), "k": rand(7, 2, 64), "q_weight": rand(64), "k_weight": rand(64),
                 "cos": angle.cos().to(device), "sin": angle.sin().to(device)}
+    if op == "moe_router":
+        return {"logits": rand(6, 40) * 2}
+    if op == "moe_experts":
+        ids = torch.tensor([[0, 4], [4, 2], [2, 0], [4, 5], [4, 0]], device=device)  # none to 1 and 3, one dropped
+        weights = torch.rand(5, 2, generator=g).to(device)
+        return {"x": rand(5, 64), "gate_up": rand(5, 96, 64) / 8, "down": rand(5, 64, 48) / 7, "ids": ids, "weights": weights}
     if op == "attention":
         n, width = (200, 128) if device == "cuda" else (40, 64)  # more than a block; the width that the kernels take
         cu = torch.tensor([0, 3, 3, n], dtype=torch.int32, device=device)
         return {"q": rand(n, 4, width), "k": rand(n, 2, width), "v": rand(n, 2, width), "cu_seqlens": cu}
     raise ValueError(f"op is {op!r}; expected one of the ops in dispatch.OPS")
+
+
+def _floats(router: Callable) -> Callable:
+    """The outputs of the router that have gradients, with three experts a token."""
+
+    def run(logits: Tensor) -> tuple[Tensor, ...]:
+        weights, _, stats = router(logits, 3, return_stats=True)
+        return weights, *stats
+
+    return run
 
 
 _PAIRS = {
@@ -123,5 +141,7 @@ _PAIRS = {
     "cross_entropy": (cross_entropy, cross_entropy_ref),
     "linear_cross_entropy": (linear_cross_entropy, linear_cross_entropy_ref),
     "qk_norm_rope": (qk_norm_rope, qk_norm_rope_ref),
+    "moe_router": (_floats(moe_router), _floats(moe_router_ref)),
+    "moe_experts": (moe_experts, moe_experts_ref),
     "attention": (attention, attention_ref),
 }
