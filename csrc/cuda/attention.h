@@ -32,7 +32,8 @@ struct AttentionBackward {
   int32_t* turns;           // [tiles, q_heads, 2]
   int32_t* ticket;          // [1]
   int variant = 0;
-  float scale_log2 = 0;     // set by the launch
+  float scale_log2 = 0;  // set by the launch, as the next one
+  int processors = 0;
 };
 
 void attention_backward(const AttentionBackward&, uintptr_t stream);

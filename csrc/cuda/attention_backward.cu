@@ -67,15 +67,22 @@ struct Work {
   int sequence, k_head, index;
 };
 
-// The ticket's work; false for a ticket too many.
-__device__ inline bool deal(const AttentionBackward& a, bool paired, int ticket, Work& w) {
-  const int s = a.cu_seqlens ? sequence_at(a, ticket / int(a.k_heads)) : 0;
-  if (a.cu_seqlens) ticket -= first_tile(a, s) * int(a.k_heads);
-  const int blocks = blocks_of(sequence(a, s).length), each = paired ? (blocks + 1) / 2 : blocks;
-  if (each == 0) return false;
-  const int head = ticket / each;
-  w = {a.cu_seqlens ? s : head / int(a.k_heads), head % int(a.k_heads), ticket % each};
-  return !a.cu_seqlens || head < int(a.k_heads);
+// Whether CTAs have two blocks of keys: only if all those of a head can run at once, since then they wait for one another.
+__device__ inline bool pairs_up(const AttentionBackward& a, int blocks) { return (blocks + 1) / 2 <= a.processors; }
+
+// The ticket's work; false for a ticket too many. The heads of a section go through together, so that when one section's
+// CTAs end one after another, the next one's start in that order.
+__device__ inline bool deal(const AttentionBackward& a, int ticket, Work& w) {
+  const int k_heads = int(a.k_heads), s = a.cu_seqlens ? sequence_at(a, ticket / k_heads) : 0;
+  if (a.cu_seqlens) ticket -= first_tile(a, s) * k_heads;
+  const int blocks = blocks_of(sequence(a, s).length), each = pairs_up(a, blocks) ? (blocks + 1) / 2 : blocks;
+  const int heads = a.cu_seqlens ? k_heads : k_heads * int(a.sequences);
+  if (ticket >= each * heads) return false;
+  const int most = max(a.processors / each, 1), section = ticket / (most * each), here = min(most, heads - section * most);
+  ticket -= section * most * each;
+  const int head = section * most + ticket % here;
+  w = {a.cu_seqlens ? s : head / k_heads, head % k_heads, ticket / here};
+  return true;
 }
 
 // The steps of a CTA: for each of its blocks of keys the blocks of queries, and for each of these the heads of the group.
@@ -195,7 +202,7 @@ template <bool CAUSAL>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                     const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dout_map,
-                    const __grid_constant__ AttentionBackward a, bool paired) {
+                    const __grid_constant__ AttentionBackward a) {
   extern __shared__ __align__(1024) uint8_t k_tile[];
   uint8_t *const v_tile = k_tile + kKeyTile, *const ds_tiles = v_tile + kKeyTile, *const q_tiles = ds_tiles + kKeyTile;
   uint8_t *const dout_tiles = q_tiles + kStages * kQueryTile, *const dq_tile = dout_tiles + kStages * kQueryTile;
@@ -221,10 +228,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   Work w;
-  if (!deal(a, paired, *ticket, w)) return;
+  if (!deal(a, *ticket, w)) return;
   const Sequence s = sequence(a, w.sequence);
   const int q_heads = int(a.q_heads), group = q_heads / int(a.k_heads);
-  Walk<CAUSAL> walk(w.index, s.length, group, paired);
+  Walk<CAUSAL> walk(w.index, s.length, group, pairs_up(a, blocks_of(s.length)));
   const int parts = walk.parts();
 
   if (threadIdx.x < 128) {
@@ -292,6 +299,13 @@ __global__ void __launch_bounds__(kThreads, 1)
                       matrix_descriptor(queries) + ((j / 4 * kSlab + j % 4 * 32) >> 4), j > 0);
     wgmma_commit();
   };
+  const auto sum_of_ds = [](float (&x)[64], const uint8_t* ds, const uint8_t* queries, bool more) {
+#pragma unroll
+    for (int j = 0; j < kQueries / 16; ++j)
+      wgmma_m64n128k16<0, 1>(x, matrix_descriptor(ds) + 2 * j, matrix_descriptor_transposed(queries, kSlab) + (j * 16 * 128 >> 4),
+                             more || j > 0);
+    wgmma_commit();
+  };
   const auto sum = [](float (&x)[64], const uint32_t (&keys)[4][4], const uint8_t* queries, bool more) {
 #pragma unroll
     for (int j = 0; j < kQueries / 16; ++j)
@@ -323,14 +337,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int stage = step % kStages;
       if (threadIdx.x % 128 == 0) barrier_arrive(q_empty + stage), barrier_arrive(dout_empty + stage);
     };
-    // A step whose first two products have begun. READS: it is this warpgroup that multiplies dS by the keys; then nothing is
-    // on its way at the end. Else dK is.
+    // A step whose first two products have begun. READS: it is this warpgroup that multiplies dS by the keys.
     const auto finish = [&](auto reads) __attribute__((always_inline)) {
       constexpr bool READS = decltype(reads)::value;
       const int stage = step % kStages, reader = READS ? consumer : consumer ^ 1;
       const uint8_t *const q_tile = q_tiles + stage * kQueryTile, *const dout_tile = dout_tiles + stage * kQueryTile;
-      uint32_t packed[4][4], ds[4][4];
+      const uint8_t* const ds_tile = ds_tiles + reader * 2 * kSlab;
+      uint32_t packed[4][4];
       wgmma_wait<1>();
+      if (step > first_step) release(step - 1);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float2 shift = reinterpret_cast<const float2*>(lse_rows + stage * kQueries)[quarter + 4 * j];
@@ -354,32 +369,37 @@ __global__ void __launch_bounds__(kThreads, 1)
       sum(dv, packed, dout_tile, step > first_step);
       wgmma_wait<1>();
       if (lonely && (!CAUSAL || before == 0) && quarter == 0) dp[0] = dp[2] = delta_rows[stage * kQueries];  // exactly zero
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const float2 shift = reinterpret_cast<const float2*>(delta_rows + stage * kQueries)[quarter + i / 2 * 4];
-        ds[i / 4][i % 4] = pack_pair(p[2 * i] * (dp[2 * i] - shift.x), p[2 * i + 1] * (dp[2 * i + 1] - shift.y));
-      }
       if (!READS) named_sync(3 + reader, 256);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) store_matrices(ds_row + reader * 2 * kSlab + ((2 * j + lane / 16) ^ lane % 8) * 16, ds[j]);
+      for (int j = 0; j < 4; ++j) {
+        uint32_t ds[4];
+#pragma unroll
+        for (int i = 4 * j; i < 4 * j + 4; ++i) {
+          const float2 shift = reinterpret_cast<const float2*>(delta_rows + stage * kQueries)[quarter + i / 2 * 4];
+          ds[i % 4] = pack_pair(p[2 * i] * (dp[2 * i] - shift.x), p[2 * i + 1] * (dp[2 * i + 1] - shift.y));
+        }
+        store_matrices(ds_row + reader * 2 * kSlab + ((2 * j + lane / 16) ^ lane % 8) * 16, ds);
+      }
       async_proxy_fence();
-      wgmma_fence();
-      sum(dk, ds, q_tile, step > first_step);
       if constexpr (!READS) {
         named_arrive(1 + reader, 256);
+        named_sync(5 + consumer, 128);
+        wgmma_wait<0>();
+        wgmma_fence();
+        sum_of_ds(dk, ds_tile + consumer * kSlab, q_tile, step > first_step);
       } else {
         float dq[64];
         named_sync(1 + reader, 256);
-        wgmma_wait<0>();  // dV and dK are done, and their operands' registers free for dQ
+        wgmma_wait<0>();
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < kKeys / 16; ++j)
-          wgmma_m64n128k16<1, 1>(dq, matrix_descriptor_transposed(ds_tiles + reader * 2 * kSlab, 0) + (j * 16 * 128 >> 4),
+          wgmma_m64n128k16<1, 1>(dq, matrix_descriptor_transposed(ds_tile, 0) + (j * 16 * 128 >> 4),
                                  matrix_descriptor_transposed(k_tile, 2 * kSlab) + (j * 16 * 128 >> 4), j > 0);
         wgmma_commit();
-        release(step);
+        sum_of_ds(dk, ds_tile + consumer * kSlab, q_tile, step > first_step);
         barrier_wait(dq_empty, step % 2 ^ 1);
-        wgmma_wait<0>();
+        wgmma_wait<1>();
         named_arrive(3 + reader, 256);
         float4* const to = reinterpret_cast<float4*>(dq_tile) + threadIdx.x % 128;
 #pragma unroll
@@ -396,16 +416,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (consumer == 0) begin_scores(step), begin_dp(step), finish(std::true_type()), --left;
     for (; left >= 2; left -= 2) {
       begin_scores(step), begin_dp(step), finish(std::false_type());
-      begin_scores(step);
-      wgmma_wait<1>();  // the operand of the last dK lies where dP will
-      release(step - 1);
-      begin_dp(step), finish(std::true_type());
+      begin_scores(step), begin_dp(step), finish(std::true_type());
     }
-    if (left) {
-      begin_scores(step), begin_dp(step), finish(std::false_type());
-      wgmma_wait<0>();
-      release(step - 1);
-    }
+    if (left) begin_scores(step), begin_dp(step), finish(std::false_type());
+    wgmma_wait<0>();
+    release(step - 1);
 
     if (threadIdx.x % 128 == 0) barrier_arrive(keys_empty);
     const int64_t stride = a.k_heads * kWidth, at = (s.row * a.k_heads + w.k_head) * kWidth;
@@ -457,13 +472,13 @@ template <bool CAUSAL> void launch(AttentionBackward a, cudaStream_t stream) {
   a.variant = getenv("V") ? atoi(getenv("V")) : 0;
   const int64_t tiles = attention_backward_tiles(a.cu_seqlens != nullptr, a.sequences, a.length);
   if (tiles * a.q_heads > INT32_MAX / 2) throw std::invalid_argument("attention: more than 2^30 tiles of 128 queries and a head");
-  const int64_t blocks = (a.length + kKeys - 1) / kKeys;
-  const bool paired = (blocks + 1) / 2 <= sms && !(a.variant & 4);  // all CTAs of a head must run at once
-  const int64_t ctas = a.cu_seqlens ? tiles * a.k_heads : a.sequences * a.k_heads * (paired ? (blocks + 1) / 2 : blocks);
+  const int64_t blocks = (a.length + kKeys - 1) / kKeys, half = (blocks + 1) / 2;
+  a.processors = sms;
+  const int64_t ctas = a.k_heads * (a.cu_seqlens ? tiles : a.sequences * (half <= sms ? half : blocks));
   prepare_kernel<<<dim3(unsigned(tiles), unsigned((a.q_heads + 7) / 8), 4), 256, 0, stream>>>(a);
   backward_kernel<CAUSAL><<<unsigned(ctas), kThreads, kShared, stream>>>(
       heads_map(a, a.q, a.q_heads, kQueries), heads_map(a, a.k, a.k_heads, kKeys), heads_map(a, a.v, a.k_heads, kKeys),
-      heads_map(a, a.dout, a.q_heads, kQueries), a, paired);
+      heads_map(a, a.dout, a.q_heads, kQueries), a);
   finish_kernel<<<dim3(unsigned(tiles), unsigned(a.q_heads)), 256, 0, stream>>>(a);
   check(cudaGetLastError());
 }
