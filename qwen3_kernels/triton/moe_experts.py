@@ -303,7 +303,71 @@ def _weight_grad_kernel(
     tl.store(out + at, cast(total, out.dtype.element_ty), mask=mask)
 
 
+# --- A token or two, whose K rows are all there is: every matrix is multiplied with one row, without tensor cores, and
+# many small programs keep the memory busy. Two launches, without a plan.
+
+
+@triton.jit
+def _decode_up_kernel(
+    x, gate_up, ids, a, x_stride, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    blocks: tl.constexpr = (I + BN - 1) // BN
+    r = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
+    expert = tl.load(ids + r).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        return
+    inside = (cols < I)[:, None]
+    at = gate_up + (expert * 2 * I + cols)[:, None] * D
+    gate = tl.zeros([BN, BK], tl.float32)
+    up_ = tl.zeros([BN, BK], tl.float32)
+    for start in range(0, D, BK):
+        k = start + tl.arange(0, BK)
+        x_k = tl.load(x + r // K * x_stride + k, mask=k < D, other=0.0).to(tl.float32)[None, :]
+        mask = inside & (k < D)[None, :]
+        gate += tl.load(at + k[None, :], mask=mask, other=0.0).to(tl.float32) * x_k
+        up_ += tl.load(at + I * D + k[None, :], mask=mask, other=0.0).to(tl.float32) * x_k
+    g = tl.sum(gate, 1)
+    dtype: tl.constexpr = a.dtype.element_ty
+    silu = _divide(g, 1.0 + exp(-g, dtype == tl.float32), dtype)
+    tl.store(a + r * I + cols, cast(silu * tl.sum(up_, 1), dtype), mask=cols < I)
+
+
+@triton.jit
+def _decode_down_kernel(
+    a, down, ids, weights, out, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    blocks: tl.constexpr = (D + BN - 1) // BN
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
+    total = tl.zeros([BN, BK], tl.float32)
+    for j in range(K):
+        r = n * K + j
+        expert = tl.load(ids + r).to(tl.int64)
+        kept = (expert >= 0) & (expert < E)
+        weight = tl.load(weights + r).to(tl.float32)
+        for start in tl.static_range(0, I, BK):
+            i = start + tl.arange(0, BK)
+            a_i = tl.load(a + r * I + i, mask=(i < I) & kept, other=0.0).to(tl.float32) * weight
+            at = down + (expert * D + rows)[:, None] * I + i[None, :]
+            total += tl.load(at, mask=(rows < D)[:, None] & (i < I)[None, :] & kept, other=0.0).to(tl.float32) * a_i[None, :]
+    tl.store(out + n * D + rows, cast(tl.sum(total, 1), out.dtype.element_ty), mask=rows < D)
+
+
 # --- The launches.
+
+
+def decode(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    (N, D), (E, _, width), K = x.shape, down.shape, ids.shape[1]
+    a = torch.empty(N * K, width, dtype=x.dtype, device=x.device)
+    out = torch.empty(N, D, dtype=x.dtype, device=x.device)
+    sizes = {"D": D, "I": width, "E": E, "K": K, "num_warps": 4}
+    with on_device(x):
+        _decode_up_kernel[(N * K * triton.cdiv(width, 8),)](x, gate_up, ids, a, x.stride(0), BN=8, BK=512, **sizes)
+        _decode_down_kernel[(N * triton.cdiv(D, 4),)](a, down, ids, weights, out, BN=4, BK=1024, **sizes)
+    return out
 
 
 def _descriptor(t: Tensor, block: list[int]) -> Tensor | TensorDescriptor:
@@ -331,7 +395,15 @@ def _shape(tile: Tile) -> dict:
     return {"BM": tile.rows, "BN": tile.cols, "BK": tile.depth, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def up(x: Tensor, gate_up: Tensor, plan: Plan, keep: bool = True) -> tuple[Tensor | None, Tensor]:
+def up(x: Tensor, gate_up: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    return _up(x, gate_up, plan, keep=True)
+
+
+def activate(x: Tensor, gate_up: Tensor, plan: Plan) -> Tensor:
+    return _up(x, gate_up, plan, keep=False)[1]
+
+
+def _up(x: Tensor, gate_up: Tensor, plan: Plan, keep: bool) -> tuple[Tensor | None, Tensor]:
     (E, double, D), R = gate_up.shape, plan.token.numel()
     width, tile = double // 2, tile_of("up", R, gate_up)
     h = torch.empty(R, double, dtype=x.dtype, device=x.device) if keep else None
