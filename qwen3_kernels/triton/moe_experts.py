@@ -1,9 +1,10 @@
 """The steps of `moe_experts` in Triton: grouped products over expert-sorted rows, each a grid of (row tile, column tile).
 
 Row tiles never cross experts. Their number is known on the device alone, so the grid has as many as there can be, and a
-program past the last one exits at once. Rows that a tile has past its expert's end are computed from whatever lies there
-and not stored; in the gradients of weights, where rows are summed over, they are masked. Gathered operands are read through
-pointers, the others and the weights by TMA where rows are whole 16-byte units.
+program past the last one exits at once. An expert's last rows get a lower tile when they fit into it. Rows that a tile
+has past its expert's end are computed from whatever lies there and not stored; in the gradients of weights, where rows are
+summed over, they are masked. Gathered operands are read through pointers, the others and the weights by TMA where rows are
+whole 16-byte units.
 """
 
 from __future__ import annotations
@@ -128,13 +129,23 @@ def _row_tile(rows, row, k, R, K: tl.constexpr, BM: tl.constexpr, BK: tl.constex
 @triton.jit(do_not_specialize=["T"])
 def _up_kernel(
     x, gate_up, h, a, tiles, offsets, token, x_stride, T, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
-    EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+    EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr, TMA: tl.constexpr,
 ):
     blocks: tl.constexpr = (I + BN - 1) // BN
     expert, row, end = _tile(tiles, offsets, tl.program_id(0) // blocks, T, E, EP, BM)
-    if row >= end:
-        return
     n = (tl.program_id(0) % blocks) * BN
+    if row < end:
+        if True if LOW == BM else row + LOW < end:
+            _up_tile(x, gate_up, h, a, token, x_stride, expert, row, end, n, D, I, BM, BN, BK, TMA)
+        else:
+            _up_tile(x, gate_up, h, a, token, x_stride, expert, row, end, n, D, I, LOW, BN, BK, TMA)
+
+
+@triton.jit
+def _up_tile(
+    x, gate_up, h, a, token, x_stride, expert, row, end, n, D: tl.constexpr, I: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+):
     rows = row + tl.arange(0, BM)
     base = x + tl.load(token + tl.minimum(rows, end - 1)).to(tl.int64)[:, None] * x_stride
     gate = tl.zeros([BM, BN], tl.float32)
@@ -158,15 +169,27 @@ def _up_kernel(
 
 @triton.jit(do_not_specialize=["R", "T"])
 def _rows_kernel(
-    rows_in, weight, out, tiles, offsets, R, T, K: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS_TMA: tl.constexpr, TMA: tl.constexpr,
+    rows_in, low_rows, weight, out, tiles, offsets, R, T, K: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROWS_TMA: tl.constexpr, TMA: tl.constexpr,
 ):
-    """out [R, N] = rows_in [R, K] @ weight[expert], which is [K, N], or [N, K] to be transposed."""
+    """out [R, N] = rows_in [R, K] @ weight[expert], which is [K, N], or [N, K] to be transposed. ``low_rows`` is rows_in for
+    tiles of LOW rows."""
     blocks: tl.constexpr = (N + BN - 1) // BN
     expert, row, end = _tile(tiles, offsets, tl.program_id(0) // blocks, T, E, EP, BM)
-    if row >= end:
-        return
     n = (tl.program_id(0) % blocks) * BN
+    if row < end:
+        if True if LOW == BM else row + LOW < end:
+            _product_tile(rows_in, weight, out, R, expert, row, end, n, K, N, BM, BN, BK, TRANSPOSED, ROWS_TMA, TMA)
+        else:
+            _product_tile(low_rows, weight, out, R, expert, row, end, n, K, N, LOW, BN, BK, TRANSPOSED, ROWS_TMA, TMA)
+
+
+@triton.jit
+def _product_tile(
+    rows_in, weight, out, R, expert, row, end, n, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS_TMA: tl.constexpr, TMA: tl.constexpr,
+):
     total = tl.zeros([BM, BN], tl.float32)
     for k in range(0, K, BK):
         left = _row_tile(rows_in, row, k, R, K, BM, BK, ROWS_TMA)
@@ -209,14 +232,28 @@ def _swiglu_backward(da, weight, h, dh, a, rows, end, n, I: tl.constexpr, BN: tl
 @triton.jit(do_not_specialize=["R", "T"])
 def _down_backward_kernel(
     dout, down, h, weights, dh, a, partial, tiles, offsets, token, slot, dout_stride, R, T, D: tl.constexpr, I: tl.constexpr,
-    E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     blocks: tl.constexpr = (I + BN - 1) // BN
     expert, row, end = _tile(tiles, offsets, tl.program_id(0) // blocks, T, E, EP, BM)
-    if row >= end:
-        return
     block = tl.program_id(0) % blocks
+    partial += block.to(tl.int64) * R
     n = block * BN
+    if row < end:
+        if True if LOW == BM else row + LOW < end:
+            _down_backward_tile(dout, down, h, weights, dh, a, partial, token, slot, dout_stride, expert, row, end, n,
+                                D, I, BM, BN, BK, TMA)
+        else:
+            _down_backward_tile(dout, down, h, weights, dh, a, partial, token, slot, dout_stride, expert, row, end, n,
+                                D, I, LOW, BN, BK, TMA)
+
+
+@triton.jit
+def _down_backward_tile(
+    dout, down, h, weights, dh, a, partial, token, slot, dout_stride, expert, row, end, n, D: tl.constexpr, I: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+):
     rows = row + tl.arange(0, BM)
     inside = tl.minimum(rows, end - 1)
     base = dout + tl.load(token + inside).to(tl.int64)[:, None] * dout_stride
@@ -235,7 +272,7 @@ def _down_backward_kernel(
     dot_ += _swiglu_backward(third, weight, h, dh, a, rows, end, n + Q, I, Q)
     dot_ += _swiglu_backward(second, weight, h, dh, a, rows, end, n + 2 * Q, I, Q)
     dot_ += _swiglu_backward(fourth, weight, h, dh, a, rows, end, n + 3 * Q, I, Q)
-    tl.store(partial + block.to(tl.int64) * R + rows, dot_, mask=rows < end)
+    tl.store(partial + rows, dot_, mask=rows < end)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -391,8 +428,18 @@ def _row_tiles(plan: Plan, BM: int, columns: int) -> tuple[tuple[int], dict]:
     return (T * columns,), {"tiles": tiles, "offsets": plan.offsets, "T": T, "E": E, "EP": EP}
 
 
-def _shape(tile: Tile) -> dict:
+def low(tile: Tile) -> int:
+    """Rows of the tile that takes an expert's last rows when there are no more than that: with 512 rows an expert, whole
+    tiles of 128 would compute an eighth too much. 64 is the least that a warp group multiplies."""
+    return 64 if tile.rows == 128 else tile.rows
+
+
+def _sizes(tile: Tile) -> dict:
     return {"BM": tile.rows, "BN": tile.cols, "BK": tile.depth, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _row_sizes(tile: Tile) -> dict:
+    return _sizes(tile) | {"LOW": low(tile)}
 
 
 def up(x: Tensor, gate_up: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -412,7 +459,7 @@ def _up(x: Tensor, gate_up: Tensor, plan: Plan, keep: bool) -> tuple[Tensor | No
     with on_device(x):
         grid, where = _row_tiles(plan, tile.rows, triton.cdiv(width, tile.cols))
         _up_kernel[grid](x, weight, h, a, token=plan.token, x_stride=x.stride(0), D=D, I=width, TMA=_is_tma(weight), **where,
-                         **_shape(tile))
+                         **_row_sizes(tile))
     return h, a
 
 
@@ -421,11 +468,12 @@ def _rows_times_weight(step: str, rows: Tensor, weight: Tensor, plan: Plan, tran
     N, tile = weight.shape[1 if transposed else 2], tile_of(step, R, weight)
     out = torch.empty(R, N, dtype=rows.dtype, device=rows.device)
     block = [1, tile.cols, tile.depth] if transposed else [1, tile.depth, tile.cols]
-    left, right = _descriptor(rows, [tile.rows, tile.depth]), _descriptor(weight, block)
+    left, low_left = (_descriptor(rows, [height, tile.depth]) for height in (tile.rows, low(tile)))
+    right = _descriptor(weight, block)
     with on_device(rows):
         grid, where = _row_tiles(plan, tile.rows, triton.cdiv(N, tile.cols))
-        _rows_kernel[grid](left, right, out, R=R, K=K, N=N, TRANSPOSED=transposed, ROWS_TMA=_is_tma(left),
-                           TMA=_is_tma(right), **where, **_shape(tile))
+        _rows_kernel[grid](left, low_left, right, out, R=R, K=K, N=N, TRANSPOSED=transposed, ROWS_TMA=_is_tma(left),
+                           TMA=_is_tma(right), **where, **_row_sizes(tile))
     return out
 
 
@@ -449,7 +497,7 @@ def down_backward(dout: Tensor, down: Tensor, h: Tensor, weights: Tensor, plan: 
         grid, where = _row_tiles(plan, tile.rows, blocks)
         _down_backward_kernel[grid](
             dout, weight, h, weights, dh, a, partial, token=plan.token, slot=plan.slot, dout_stride=dout.stride(0), R=R, D=D,
-            I=width, TMA=_is_tma(weight), **where, **_shape(tile),
+            I=width, TMA=_is_tma(weight), **where, **_row_sizes(tile),
         )
         _dweights_kernel[(triton.cdiv(R, 512),)](partial, plan.offsets, plan.inverse, dweights, R, E=E, PARTS=blocks, B=512,
                                                  num_warps=4)
@@ -481,5 +529,5 @@ def weight_grad(left: Tensor, right: Tensor, plan: Plan, out: Tensor, accumulate
     with on_device(left):
         _weight_grad_kernel[grid](
             left, right, out, plan.offsets, plan.token, left.stride(0), right.stride(0), P=P, Q=Q,
-            LEFT_GATHERED=gathered == "left", ACCUMULATE=accumulate, **_shape(tile),
+            LEFT_GATHERED=gathered == "left", ACCUMULATE=accumulate, **_sizes(tile),
         )
