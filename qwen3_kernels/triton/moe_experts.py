@@ -309,7 +309,7 @@ def _combine_kernel(
 @triton.jit
 def _weight_grad_kernel(
     left, right, out, offsets, token, left_stride, right_stride, P: tl.constexpr, Q: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, LEFT_GATHERED: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GATHERED: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     p_blocks: tl.constexpr = (P + BM - 1) // BM
     q_blocks: tl.constexpr = (Q + BN - 1) // BN
@@ -330,10 +330,12 @@ def _weight_grad_kernel(
     for start in range(begin, end, BK):
         row = start + tl.arange(0, BK)
         inside = (row < end)[:, None]
-        gathered = tl.load(token + row, mask=row < end, other=0).to(tl.int64)[:, None]
-        row = row.to(tl.int64)[:, None]
-        left_row = gathered if LEFT_GATHERED else row
-        right_row = row if LEFT_GATHERED else gathered
+        left_row = row.to(tl.int64)[:, None]
+        right_row = left_row
+        if GATHERED == "left":
+            left_row = tl.load(token + row, mask=row < end, other=0).to(tl.int64)[:, None]
+        elif GATHERED == "right":
+            right_row = tl.load(token + row, mask=row < end, other=0).to(tl.int64)[:, None]
         left_tile = tl.load(left + left_row * left_stride + ps, mask=inside & (ps < P), other=0.0)
         right_tile = tl.load(right + right_row * right_stride + qs, mask=inside & (qs < Q), other=0.0)
         total = dot(left_tile.T, right_tile, total)
@@ -529,5 +531,5 @@ def weight_grad(left: Tensor, right: Tensor, plan: Plan, out: Tensor, accumulate
     with on_device(left):
         _weight_grad_kernel[grid](
             left, right, out, plan.offsets, plan.token, left.stride(0), right.stride(0), P=P, Q=Q,
-            LEFT_GATHERED=gathered == "left", ACCUMULATE=accumulate, **_sizes(tile),
+            GATHERED=gathered, ACCUMULATE=accumulate, **_sizes(tile),
         )
