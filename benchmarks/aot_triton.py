@@ -135,14 +135,17 @@ def _moe_experts(n: int, d: int, i: int, e: int, k: int, dtype: torch.dtype, bac
         plan = Plan(meta(e + 1, dtype=torch.int32), *(meta(n * k, dtype=torch.int32) for _ in range(3)))
         x, gate_up, down = meta(n, d, dtype=dtype), meta(e, 2 * i, d, dtype=dtype), meta(e, d, i, dtype=dtype)
         weights = meta(n, k, dtype=FP32)
-        h, a = op.up(x, gate_up, plan, keep=backward)
+        if not backward:
+            op.combine(op.down(op.activate(x, gate_up, plan), down, plan), weights, plan)
+            op.decode(x, gate_up, down, meta(n, k, dtype=torch.int64), weights)
+            return
+        h, a = op.up(x, gate_up, plan)
         op.combine(op.down(a, down, plan), weights, plan)
-        if backward:
-            _, dh, a = op.down_backward(x, down, h, weights, plan)
-            op.weight_grad(x, a, plan, down, False, "left")
-            op.weight_grad(dh, x, plan, gate_up, False, "right")
-            op.weight_grad(dh, x, plan, meta(e, 2 * i, d, dtype=FP32), True, "right")
-            op.combine_backward(op.up_backward(dh, gate_up, plan), plan, n)
+        _, dh, a = op.down_backward(x, down, h, weights, plan)
+        op.weight_grad(x, a, plan, down, False, "left")
+        op.weight_grad(dh, x, plan, gate_up, False, "right")
+        op.weight_grad(dh, x, plan, meta(e, 2 * i, d, dtype=FP32), True, "right")
+        op.combine_backward(op.up_backward(dh, gate_up, plan), plan, n)
 
     return calls
 

@@ -68,8 +68,8 @@ def combine_backward(dx_rows: Tensor, plan: Plan, N: int) -> Tensor:
 def weight_grad(left: Tensor, right: Tensor, plan: Plan, out: Tensor, accumulate: bool, gathered: str) -> None:
     """out[e] (+)= left[rows of e].T @ right[rows of e]; out [E, P, Q], float32 or the operands' dtype.
 
-    ``gathered`` ("left" or "right") names the operand with a row for each token, to be read through ``plan.token``; the
-    other has one for each row of the plan.
+    ``gathered`` ("left", "right" or "neither") names the operand with a row for each token, to be read through
+    ``plan.token``; the others have one for each row of the plan.
     """
     left, right = (t[plan.token] if gathered == side else t for side, t in (("left", left), ("right", right)))
     if grouped(left) and not accumulate and out.dtype == left.dtype:

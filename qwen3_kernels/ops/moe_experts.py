@@ -27,6 +27,10 @@ from .moe_router import Plan, routing_plan
 from .swiglu import swiglu_ref
 
 
+# So few assignments, without gradients, go one by one in two launches: no expert has enough rows to share its weights.
+FEW_ROWS = 16
+
+
 def moe_experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Plain torch, expert by expert."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -91,16 +95,29 @@ def moe_experts(
         require(gate_up_grad is None, op, "x", f"{x.dtype} {tuple(x.shape)}",
                 "not float64 and not empty with gate_up_grad and down_grad")
         return moe_experts_ref(x, gate_up, down, ids, weights)
-    plan = routing_plan(ids, E) if plan is None else plan
     backend = dispatch.resolve(op, x.device.type, x.dtype)
-    if backend not in ("torch", "cpu") and (D % 8 or width % 8):  # TMA reads rows of 16-byte units
+    if backend == "cuda" and (D % 8 or width % 8):  # TMA reads rows of 16-byte units
         backend = "triton"
-    args = (x, gate_up, down, weights, *plan)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, weights))
+    if not needs_grad and ids.numel() <= FEW_ROWS and backend in ("cuda", "triton"):
+        return _decode(x, gate_up, down, ids, weights)
+    plan = routing_plan(ids, E) if plan is None else plan
+    args = (x, gate_up, down, weights, *plan)
     keep = needs_grad and not recompute
     if needs_grad and gate_up_grad is not None and (gate_up.requires_grad or down.requires_grad):
         return _Into.apply(*args, keep, backend, gate_up_grad, down_grad)
     return _forward(*args, keep, backend)[0]
+
+
+@torch.library.custom_op("qwen3::moe_experts_decode", mutates_args=())
+def _decode(x_ND: Tensor, gate_up: Tensor, down: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    args = (t.contiguous() for t in (x_ND, gate_up, down, ids_NK, weights_NK))
+    return dispatch.backend("moe_experts", "triton").decode(*args)
+
+
+@_decode.register_fake
+def _(x_ND, gate_up, down, ids_NK, weights_NK):
+    return x_ND.new_empty(x_ND.shape)
 
 
 # --- The steps. A backend has up, down, combine, down_backward, up_backward, combine_backward and weight_grad, as in
@@ -138,7 +155,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """(out [N, D], h [R, 2I], or [0] unless ``keep``)"""
     kernels, plan = steps(backend), Plan(offsets, token, slot, inverse)
-    h, a = kernels.up(x_ND.contiguous(), gate_up.contiguous(), plan)
+    # A backend that can do without h in inference has an `activate`, which gives a alone.
+    if keep or not hasattr(kernels, "activate"):
+        h, a = kernels.up(x_ND.contiguous(), gate_up.contiguous(), plan)
+    else:
+        h, a = None, kernels.activate(x_ND.contiguous(), gate_up.contiguous(), plan)
     h = h if keep else x_ND.new_empty(0)
     y = kernels.down(a, down.contiguous(), plan)
     del a

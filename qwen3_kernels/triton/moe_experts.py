@@ -1,9 +1,10 @@
 """The steps of `moe_experts` in Triton: grouped products over expert-sorted rows, each a grid of (row tile, column tile).
 
 Row tiles never cross experts. Their number is known on the device alone, so the grid has as many as there can be, and a
-program past the last one exits at once. Rows that a tile has past its expert's end are computed from whatever lies there
-and not stored; in the gradients of weights, where rows are summed over, they are masked. Gathered operands are read through
-pointers, the others and the weights by TMA where rows are whole 16-byte units.
+program past the last one exits at once. An expert's last rows get a lower tile when they fit into it. Rows that a tile
+has past its expert's end are computed from whatever lies there and not stored; in the gradients of weights, where rows are
+summed over, they are masked. Gathered operands are read through pointers, the others and the weights by TMA where rows are
+whole 16-byte units.
 """
 
 from __future__ import annotations
@@ -128,13 +129,23 @@ def _row_tile(rows, row, k, R, K: tl.constexpr, BM: tl.constexpr, BK: tl.constex
 @triton.jit(do_not_specialize=["T"])
 def _up_kernel(
     x, gate_up, h, a, tiles, offsets, token, x_stride, T, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr,
-    EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+    EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr, TMA: tl.constexpr,
 ):
     blocks: tl.constexpr = (I + BN - 1) // BN
     expert, row, end = _tile(tiles, offsets, tl.program_id(0) // blocks, T, E, EP, BM)
-    if row >= end:
-        return
     n = (tl.program_id(0) % blocks) * BN
+    if row < end:
+        if True if LOW == BM else row + LOW < end:
+            _up_tile(x, gate_up, h, a, token, x_stride, expert, row, end, n, D, I, BM, BN, BK, TMA)
+        else:
+            _up_tile(x, gate_up, h, a, token, x_stride, expert, row, end, n, D, I, LOW, BN, BK, TMA)
+
+
+@triton.jit
+def _up_tile(
+    x, gate_up, h, a, token, x_stride, expert, row, end, n, D: tl.constexpr, I: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+):
     rows = row + tl.arange(0, BM)
     base = x + tl.load(token + tl.minimum(rows, end - 1)).to(tl.int64)[:, None] * x_stride
     gate = tl.zeros([BM, BN], tl.float32)
@@ -158,15 +169,27 @@ def _up_kernel(
 
 @triton.jit(do_not_specialize=["R", "T"])
 def _rows_kernel(
-    rows_in, weight, out, tiles, offsets, R, T, K: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS_TMA: tl.constexpr, TMA: tl.constexpr,
+    rows_in, low_rows, weight, out, tiles, offsets, R, T, K: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROWS_TMA: tl.constexpr, TMA: tl.constexpr,
 ):
-    """out [R, N] = rows_in [R, K] @ weight[expert], which is [K, N], or [N, K] to be transposed."""
+    """out [R, N] = rows_in [R, K] @ weight[expert], which is [K, N], or [N, K] to be transposed. ``low_rows`` is rows_in for
+    tiles of LOW rows."""
     blocks: tl.constexpr = (N + BN - 1) // BN
     expert, row, end = _tile(tiles, offsets, tl.program_id(0) // blocks, T, E, EP, BM)
-    if row >= end:
-        return
     n = (tl.program_id(0) % blocks) * BN
+    if row < end:
+        if True if LOW == BM else row + LOW < end:
+            _product_tile(rows_in, weight, out, R, expert, row, end, n, K, N, BM, BN, BK, TRANSPOSED, ROWS_TMA, TMA)
+        else:
+            _product_tile(low_rows, weight, out, R, expert, row, end, n, K, N, LOW, BN, BK, TRANSPOSED, ROWS_TMA, TMA)
+
+
+@triton.jit
+def _product_tile(
+    rows_in, weight, out, R, expert, row, end, n, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS_TMA: tl.constexpr, TMA: tl.constexpr,
+):
     total = tl.zeros([BM, BN], tl.float32)
     for k in range(0, K, BK):
         left = _row_tile(rows_in, row, k, R, K, BM, BK, ROWS_TMA)
@@ -209,14 +232,28 @@ def _swiglu_backward(da, weight, h, dh, a, rows, end, n, I: tl.constexpr, BN: tl
 @triton.jit(do_not_specialize=["R", "T"])
 def _down_backward_kernel(
     dout, down, h, weights, dh, a, partial, tiles, offsets, token, slot, dout_stride, R, T, D: tl.constexpr, I: tl.constexpr,
-    E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     blocks: tl.constexpr = (I + BN - 1) // BN
     expert, row, end = _tile(tiles, offsets, tl.program_id(0) // blocks, T, E, EP, BM)
-    if row >= end:
-        return
     block = tl.program_id(0) % blocks
+    partial += block.to(tl.int64) * R
     n = block * BN
+    if row < end:
+        if True if LOW == BM else row + LOW < end:
+            _down_backward_tile(dout, down, h, weights, dh, a, partial, token, slot, dout_stride, expert, row, end, n,
+                                D, I, BM, BN, BK, TMA)
+        else:
+            _down_backward_tile(dout, down, h, weights, dh, a, partial, token, slot, dout_stride, expert, row, end, n,
+                                D, I, LOW, BN, BK, TMA)
+
+
+@triton.jit
+def _down_backward_tile(
+    dout, down, h, weights, dh, a, partial, token, slot, dout_stride, expert, row, end, n, D: tl.constexpr, I: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+):
     rows = row + tl.arange(0, BM)
     inside = tl.minimum(rows, end - 1)
     base = dout + tl.load(token + inside).to(tl.int64)[:, None] * dout_stride
@@ -235,7 +272,7 @@ def _down_backward_kernel(
     dot_ += _swiglu_backward(third, weight, h, dh, a, rows, end, n + Q, I, Q)
     dot_ += _swiglu_backward(second, weight, h, dh, a, rows, end, n + 2 * Q, I, Q)
     dot_ += _swiglu_backward(fourth, weight, h, dh, a, rows, end, n + 3 * Q, I, Q)
-    tl.store(partial + block.to(tl.int64) * R + rows, dot_, mask=rows < end)
+    tl.store(partial + rows, dot_, mask=rows < end)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -272,7 +309,7 @@ def _combine_kernel(
 @triton.jit
 def _weight_grad_kernel(
     left, right, out, offsets, token, left_stride, right_stride, P: tl.constexpr, Q: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, LEFT_GATHERED: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GATHERED: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     p_blocks: tl.constexpr = (P + BM - 1) // BM
     q_blocks: tl.constexpr = (Q + BN - 1) // BN
@@ -293,17 +330,83 @@ def _weight_grad_kernel(
     for start in range(begin, end, BK):
         row = start + tl.arange(0, BK)
         inside = (row < end)[:, None]
-        gathered = tl.load(token + row, mask=row < end, other=0).to(tl.int64)[:, None]
-        row = row.to(tl.int64)[:, None]
-        left_row = gathered if LEFT_GATHERED else row
-        right_row = row if LEFT_GATHERED else gathered
+        left_row = row.to(tl.int64)[:, None]
+        right_row = left_row
+        if GATHERED == "left":
+            left_row = tl.load(token + row, mask=row < end, other=0).to(tl.int64)[:, None]
+        elif GATHERED == "right":
+            right_row = tl.load(token + row, mask=row < end, other=0).to(tl.int64)[:, None]
         left_tile = tl.load(left + left_row * left_stride + ps, mask=inside & (ps < P), other=0.0)
         right_tile = tl.load(right + right_row * right_stride + qs, mask=inside & (qs < Q), other=0.0)
         total = dot(left_tile.T, right_tile, total)
     tl.store(out + at, cast(total, out.dtype.element_ty), mask=mask)
 
 
+# --- A token or two, whose K rows are all there is: every matrix is multiplied with one row, without tensor cores, and
+# many small programs keep the memory busy. Two launches, without a plan.
+
+
+@triton.jit
+def _decode_up_kernel(
+    x, gate_up, ids, a, x_stride, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    blocks: tl.constexpr = (I + BN - 1) // BN
+    r = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
+    expert = tl.load(ids + r).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        return
+    inside = (cols < I)[:, None]
+    at = gate_up + (expert * 2 * I + cols)[:, None] * D
+    gate = tl.zeros([BN, BK], tl.float32)
+    up_ = tl.zeros([BN, BK], tl.float32)
+    for start in range(0, D, BK):
+        k = start + tl.arange(0, BK)
+        x_k = tl.load(x + r // K * x_stride + k, mask=k < D, other=0.0).to(tl.float32)[None, :]
+        mask = inside & (k < D)[None, :]
+        gate += tl.load(at + k[None, :], mask=mask, other=0.0).to(tl.float32) * x_k
+        up_ += tl.load(at + I * D + k[None, :], mask=mask, other=0.0).to(tl.float32) * x_k
+    g = tl.sum(gate, 1)
+    dtype: tl.constexpr = a.dtype.element_ty
+    silu = _divide(g, 1.0 + exp(-g, dtype == tl.float32), dtype)
+    tl.store(a + r * I + cols, cast(silu * tl.sum(up_, 1), dtype), mask=cols < I)
+
+
+@triton.jit
+def _decode_down_kernel(
+    a, down, ids, weights, out, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    blocks: tl.constexpr = (D + BN - 1) // BN
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
+    total = tl.zeros([BN, BK], tl.float32)
+    for j in range(K):
+        r = n * K + j
+        expert = tl.load(ids + r).to(tl.int64)
+        kept = (expert >= 0) & (expert < E)
+        weight = tl.load(weights + r).to(tl.float32)
+        for start in tl.static_range(0, I, BK):
+            i = start + tl.arange(0, BK)
+            a_i = tl.load(a + r * I + i, mask=(i < I) & kept, other=0.0).to(tl.float32) * weight
+            at = down + (expert * D + rows)[:, None] * I + i[None, :]
+            total += tl.load(at, mask=(rows < D)[:, None] & (i < I)[None, :] & kept, other=0.0).to(tl.float32) * a_i[None, :]
+    tl.store(out + n * D + rows, cast(tl.sum(total, 1), out.dtype.element_ty), mask=rows < D)
+
+
 # --- The launches.
+
+
+def decode(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    (N, D), (E, _, width), K = x.shape, down.shape, ids.shape[1]
+    a = torch.empty(N * K, width, dtype=x.dtype, device=x.device)
+    out = torch.empty(N, D, dtype=x.dtype, device=x.device)
+    sizes = {"D": D, "I": width, "E": E, "K": K, "num_warps": 4}
+    with on_device(x):
+        _decode_up_kernel[(N * K * triton.cdiv(width, 8),)](x, gate_up, ids, a, x.stride(0), BN=8, BK=512, **sizes)
+        _decode_down_kernel[(N * triton.cdiv(D, 4),)](a, down, ids, weights, out, BN=4, BK=1024, **sizes)
+    return out
 
 
 def _descriptor(t: Tensor, block: list[int]) -> Tensor | TensorDescriptor:
@@ -327,11 +430,29 @@ def _row_tiles(plan: Plan, BM: int, columns: int) -> tuple[tuple[int], dict]:
     return (T * columns,), {"tiles": tiles, "offsets": plan.offsets, "T": T, "E": E, "EP": EP}
 
 
-def _shape(tile: Tile) -> dict:
+def low(tile: Tile) -> int:
+    """Rows of the tile that takes an expert's last rows when there are no more than that: with 512 rows an expert, whole
+    tiles of 128 would compute an eighth too much. 64 is the least that a warp group multiplies."""
+    return 64 if tile.rows == 128 else tile.rows
+
+
+def _sizes(tile: Tile) -> dict:
     return {"BM": tile.rows, "BN": tile.cols, "BK": tile.depth, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def up(x: Tensor, gate_up: Tensor, plan: Plan, keep: bool = True) -> tuple[Tensor | None, Tensor]:
+def _row_sizes(tile: Tile) -> dict:
+    return _sizes(tile) | {"LOW": low(tile)}
+
+
+def up(x: Tensor, gate_up: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    return _up(x, gate_up, plan, keep=True)
+
+
+def activate(x: Tensor, gate_up: Tensor, plan: Plan) -> Tensor:
+    return _up(x, gate_up, plan, keep=False)[1]
+
+
+def _up(x: Tensor, gate_up: Tensor, plan: Plan, keep: bool) -> tuple[Tensor | None, Tensor]:
     (E, double, D), R = gate_up.shape, plan.token.numel()
     width, tile = double // 2, tile_of("up", R, gate_up)
     h = torch.empty(R, double, dtype=x.dtype, device=x.device) if keep else None
@@ -340,7 +461,7 @@ def up(x: Tensor, gate_up: Tensor, plan: Plan, keep: bool = True) -> tuple[Tenso
     with on_device(x):
         grid, where = _row_tiles(plan, tile.rows, triton.cdiv(width, tile.cols))
         _up_kernel[grid](x, weight, h, a, token=plan.token, x_stride=x.stride(0), D=D, I=width, TMA=_is_tma(weight), **where,
-                         **_shape(tile))
+                         **_row_sizes(tile))
     return h, a
 
 
@@ -349,11 +470,12 @@ def _rows_times_weight(step: str, rows: Tensor, weight: Tensor, plan: Plan, tran
     N, tile = weight.shape[1 if transposed else 2], tile_of(step, R, weight)
     out = torch.empty(R, N, dtype=rows.dtype, device=rows.device)
     block = [1, tile.cols, tile.depth] if transposed else [1, tile.depth, tile.cols]
-    left, right = _descriptor(rows, [tile.rows, tile.depth]), _descriptor(weight, block)
+    left, low_left = (_descriptor(rows, [height, tile.depth]) for height in (tile.rows, low(tile)))
+    right = _descriptor(weight, block)
     with on_device(rows):
         grid, where = _row_tiles(plan, tile.rows, triton.cdiv(N, tile.cols))
-        _rows_kernel[grid](left, right, out, R=R, K=K, N=N, TRANSPOSED=transposed, ROWS_TMA=_is_tma(left),
-                           TMA=_is_tma(right), **where, **_shape(tile))
+        _rows_kernel[grid](left, low_left, right, out, R=R, K=K, N=N, TRANSPOSED=transposed, ROWS_TMA=_is_tma(left),
+                           TMA=_is_tma(right), **where, **_row_sizes(tile))
     return out
 
 
@@ -377,7 +499,7 @@ def down_backward(dout: Tensor, down: Tensor, h: Tensor, weights: Tensor, plan: 
         grid, where = _row_tiles(plan, tile.rows, blocks)
         _down_backward_kernel[grid](
             dout, weight, h, weights, dh, a, partial, token=plan.token, slot=plan.slot, dout_stride=dout.stride(0), R=R, D=D,
-            I=width, TMA=_is_tma(weight), **where, **_shape(tile),
+            I=width, TMA=_is_tma(weight), **where, **_row_sizes(tile),
         )
         _dweights_kernel[(triton.cdiv(R, 512),)](partial, plan.offsets, plan.inverse, dweights, R, E=E, PARTS=blocks, B=512,
                                                  num_warps=4)
@@ -409,5 +531,5 @@ def weight_grad(left: Tensor, right: Tensor, plan: Plan, out: Tensor, accumulate
     with on_device(left):
         _weight_grad_kernel[grid](
             left, right, out, plan.offsets, plan.token, left.stride(0), right.stride(0), P=P, Q=Q,
-            LEFT_GATHERED=gathered == "left", ACCUMULATE=accumulate, **_shape(tile),
+            GATHERED=gathered, ACCUMULATE=accumulate, **_sizes(tile),
         )

@@ -1,5 +1,6 @@
 """The router and the routing plan in Triton. A program holds whole rows of the logits; the plan takes two launches, one
-that counts each expert's assignments in chunks of them, and one that places every assignment behind its predecessors."""
+that counts each expert's assignments in chunks of them, and one that places every assignment behind its predecessors; a
+single one for a few tokens."""
 
 from __future__ import annotations
 
@@ -153,16 +154,23 @@ def backward(
 # --- The plan.
 
 
-@triton.jit(do_not_specialize=["R", "chunk"])
-def _count_kernel(ids, counts, R, chunk, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr):
+@triton.jit
+def _count(ids, begin, end, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr):
+    """[EP]: how many of the assignments ``begin`` to ``end`` each expert has."""
     cols = tl.arange(0, EP)
     count = tl.zeros([EP], tl.int32)
-    begin = tl.program_id(0) * chunk
-    for start in range(begin, tl.minimum(begin + chunk, R), B):
+    for start in range(begin, end, B):
         a = start + tl.arange(0, B)
-        expert = tl.load(ids + a, mask=a < R, other=-1).to(tl.int32)
+        expert = tl.load(ids + a, mask=a < end, other=-1).to(tl.int32)
         count += tl.sum((expert[:, None] == cols[None, :]).to(tl.int32), 0)
-    tl.store(counts + tl.program_id(0) * EP + cols, tl.where(cols < E, count, 0))
+    return tl.where(cols < E, count, 0)
+
+
+@triton.jit(do_not_specialize=["R", "chunk"])
+def _count_kernel(ids, counts, R, chunk, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr):
+    begin = tl.program_id(0) * chunk
+    count = _count(ids, begin, tl.minimum(begin + chunk, R), E, EP, B)
+    tl.store(counts + tl.program_id(0) * EP + tl.arange(0, EP), count)
 
 
 @triton.jit(do_not_specialize=["R", "chunk", "chunks"])
@@ -174,11 +182,14 @@ def _place_kernel(
     cols = tl.arange(0, EP)
     total = tl.zeros([EP], tl.int32)
     before = tl.zeros([EP], tl.int32)
-    for start in range(0, chunks, B):
-        c = start + tl.arange(0, B)[:, None]
-        count = tl.load(counts + c * EP + cols[None, :], mask=c < chunks, other=0)
-        total += tl.sum(count, 0)
-        before += tl.sum(tl.where(c < pid, count, 0), 0)
+    if counts is None:
+        total = _count(ids, 0, R, E, EP, B)
+    else:
+        for start in range(0, chunks, B):
+            c = start + tl.arange(0, B)[:, None]
+            count = tl.load(counts + c * EP + cols[None, :], mask=c < chunks, other=0)
+            total += tl.sum(count, 0)
+            before += tl.sum(tl.where(c < pid, count, 0), 0)
     ends = tl.cumsum(total, 0)
     kept = tl.sum(total, 0)
     kept_before = tl.sum(before, 0)
@@ -207,13 +218,15 @@ def plan(ids: Tensor, num_experts: int) -> Plan:
     ids = ids.contiguous()
     EP = max(triton.next_power_of_2(num_experts), 16)
     B = 16384 // EP  # at once; 128 assignments for 128 experts
-    chunk = triton.cdiv(triton.cdiv(R, B), 128) * B  # at most 128 chunks: each program reads all counts
+    # At most 128 chunks, since each program reads all counts; a few assignments are counted where they are placed.
+    chunk = R if R <= 2 * B else triton.cdiv(triton.cdiv(R, B), 128) * B
     chunks = triton.cdiv(R, chunk)
-    counts = torch.empty(chunks, EP, dtype=torch.int32, device=device)
+    counts = None if chunks == 1 else torch.empty(chunks, EP, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     token, slot, inverse = (torch.empty(R, dtype=torch.int32, device=device) for _ in range(3))
     sizes = {"E": num_experts, "EP": EP, "B": B, "num_warps": 8}
     with on_device(ids):
-        _count_kernel[(chunks,)](ids, counts, R, chunk, **sizes)
+        if counts is not None:
+            _count_kernel[(chunks,)](ids, counts, R, chunk, **sizes)
         _place_kernel[(chunks,)](ids, counts, offsets, token, slot, inverse, R, chunk, chunks, K=K, **sizes)
     return Plan(offsets, token, slot, inverse)

@@ -30,7 +30,7 @@ def test_every_kernel_of_every_op_is_compiled(rows):
         (op, "sum_partials_kernel") for op in ("rms_norm", "qk_norm_rope", "moe_router")
     } | {("moe_router", kernel) for kernel in ("count_kernel", "place_kernel")} | {
         ("moe_experts", f"{kernel}_kernel") for kernel in
-        ("up", "rows", "down_backward", "weight_grad", "combine", "tiles", "dweights")
+        ("up", "rows", "down_backward", "weight_grad", "combine", "tiles", "dweights", "decode_up", "decode_down")
     }
 
 

@@ -198,6 +198,68 @@ def test_bad_replay():
             model(tokens, **arguments)
 
 
+# ---- compiled, captured, large ----------------------------------------------------------------------------------------
+
+
+def test_compiles_into_one_graph():
+    """Without statistics and with them: no host sync, nothing that depends on the routing."""
+    block, x, mask = moe(), torch.randn(9, 48), torch.arange(9) % 2
+    torch._dynamo.reset()
+
+    def run(x, mask):
+        y, routing = block(x, None, mask, True)
+        return y, routing.expert_ids, routing.stats.prob_sum, routing.stats.lse
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for tokens in (x, x.flip(0)):
+        assert all(torch.equal(a, b) for a, b in zip(compiled(tokens, mask), run(tokens, mask)))
+
+
+@pytest.mark.gpu
+def test_a_block_in_a_graph_follows_its_input():
+    block = MoE(replace(EXPERTS, num_experts=16, num_experts_per_tok=4, hidden_size=64)).cuda().bfloat16()
+    with torch.no_grad():
+        for p in block.parameters():
+            p.normal_(0, 0.1)
+        for tokens in (1, 3, 100):
+            x = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16)
+            block(x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y, routing = block(x)
+            for _ in range(3):
+                x.normal_()
+                graph.replay()
+                want, wanted = block(x)
+                assert torch.equal(y, want) and torch.equal(routing.expert_ids, wanted.expert_ids)
+
+
+@pytest.mark.gpu
+def test_a_step_of_four_layers_of_the_30b():
+    from qwen3_model.balance import balance_loss, expert_counts
+    from qwen3_model.config import Qwen3Config
+    from qwen3_model.model import Qwen3
+
+    with torch.device("cuda"):
+        model = Qwen3(Qwen3Config.from_name("Qwen3-30B-A3B", num_hidden_layers=4)).bfloat16()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1) if p.dim() == 1 else p.normal_(0, 0.02)
+    tokens = torch.randint(model.config.vocab_size, (2, 1024), device="cuda")
+    losses = []
+    for _ in range(3):
+        logits, routing = model(tokens, return_routing=True)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        (loss + 0.001 * balance_loss(routing, expert_counts(routing))).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                assert p.grad.isfinite().all()
+                p -= 0.5 * p.grad
+                p.grad = None
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 

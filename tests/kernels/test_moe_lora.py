@@ -1,0 +1,98 @@
+import pytest
+import torch
+from common import DEVICE, DTYPES, parametrize_dtype, pick, randn
+
+from qwen3_kernels import dispatch, moe_experts, moe_lora, selfcheck
+from qwen3_kernels.ops import Adapters, moe_lora_ref
+
+BACKENDS = ["torch", *(b for b in ("cpu", "cuda", "triton") if dispatch.unavailable("moe_experts", b, DEVICE, DTYPES["bf16"]) is None)]
+parametrize_backend = pytest.mark.parametrize("backend", BACKENDS)
+FROZEN = ("gate_up", "down")
+
+
+def inputs_for(N, D, I, E, K, r, dtype):
+    ids = torch.stack([torch.randperm(E + 1)[:K] for _ in range(N)]).to(DEVICE)  # E is dropped
+    return {
+        "x": randn(N, D, dtype=dtype), "gate_up": randn(E, 2 * I, D, dtype=dtype, scale=D**-0.5),
+        "down": randn(E, D, I, dtype=dtype, scale=I**-0.5), "ids": ids, "weights": (torch.rand(N, K) + 0.1).to(DEVICE),
+        "up_a": randn(E, r, D, dtype=dtype, scale=D**-0.5), "up_b": randn(E, 2 * I, r, dtype=dtype, scale=r**-0.5),
+        "down_a": randn(E, r, I, dtype=dtype, scale=I**-0.5), "down_b": randn(E, D, r, dtype=dtype, scale=r**-0.5),
+    }
+
+
+def ours(x, gate_up, down, ids, weights, scale=0.5, **factors):
+    return moe_lora(x, gate_up.detach(), down.detach(), ids, weights, Adapters(**factors), scale=scale)
+
+
+def ref(gate_up, down, **inputs):
+    return moe_lora_ref(gate_up=gate_up.detach(), down=down.detach(), scale=0.5, **inputs)
+
+
+@parametrize_backend
+@parametrize_dtype
+@pytest.mark.parametrize("shape", [(24, 32, 24, 4, 2, 8), (9, 19, 13, 3, 2, 3)], ids=str)
+def test_error_rule(backend, dtype, shape):
+    """Against merged weights."""
+    if backend != "torch" and dispatch.unavailable("moe_experts", backend, DEVICE, dtype):
+        pytest.skip(f"{backend}: no {dtype}")
+    found = {"truth": [], "plain": [], "got": []}
+    for _ in range(pick(backend, 4, 2)):
+        inputs = inputs_for(*shape, dtype)
+        wide = {n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()}
+        found["truth"].append(selfcheck.outputs_and_grads(ref, wide))
+        found["plain"].append(selfcheck.outputs_and_grads(ref, inputs))
+        with dispatch.use(backend):
+            found["got"].append(selfcheck.outputs_and_grads(ours, inputs))
+    pooled = {n: [torch.cat([t.flatten() for t in same]) for same in zip(*lists)] for n, lists in found.items()}
+    assert len(pooled["got"]) == 1 + 6
+    ratios = [selfcheck.error_ratio(g, p, t) for g, p, t in zip(pooled["got"], pooled["plain"], pooled["truth"], strict=True)]
+    assert max(ratios) <= selfcheck.LIMIT, ratios
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:-1] if len(BACKENDS) > 2 else BACKENDS)
+def test_fresh_adapters_change_nothing(backend):
+    """B is zero at the start."""
+    inputs = inputs_for(12, 32, 24, 4, 2, 8, torch.float32)
+    inputs["up_b"].zero_()
+    inputs["down_b"].zero_()
+    base = {n: inputs[n] for n in ("x", "gate_up", "down", "ids", "weights")}
+    with dispatch.use(backend):
+        torch.testing.assert_close(ours(**inputs), moe_experts(**base))
+
+
+@parametrize_backend
+def test_registration_and_compile(backend):
+    if backend == "triton" and DEVICE == "cpu":
+        pytest.skip("the same ops; slow under the interpreter")
+    inputs = inputs_for(6, 32, 24, 4, 2, 8, torch.float32)
+    if backend == "cuda":
+        inputs = inputs_for(6, 32, 24, 4, 2, 8, torch.bfloat16)
+    with dispatch.use(backend):
+        torch._dynamo.reset()
+        eager = selfcheck.outputs_and_grads(ours, inputs)
+        compiled = selfcheck.outputs_and_grads(torch.compile(ours, fullgraph=True, backend="aot_eager"), inputs)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"up_b": torch.ones(4, 47, 8)}, r"up_b is \(4, 47, 8\); expected \(4, 48, 8\)"),
+        ({"down_a": torch.ones(4, 7, 24)}, r"down_a is \(4, 7, 24\); expected \(4, 8, 24\)"),
+        ({"x": torch.ones(6, 32).double()}, r"x is torch.float64 \(6, 32\)"),
+    ],
+    ids=lambda p: next(iter(p)) if isinstance(p, dict) else "",
+)
+def test_bad_input(change, words):
+    inputs = inputs_for(6, 32, 24, 4, 2, 8, torch.float32) | {n: t.to(DEVICE) for n, t in change.items()}
+    with pytest.raises(ValueError, match=words):
+        ours(**inputs)
+
+
+def test_weights_that_are_not_frozen_are_refused():
+    inputs = inputs_for(6, 32, 24, 4, 2, 8, torch.float32)
+    factors = Adapters(*(inputs[n] for n in Adapters._fields))
+    args = {n: inputs[n] for n in ("x", "down", "ids", "weights")} | {"gate_up": inputs["gate_up"].requires_grad_()}
+    with pytest.raises(ValueError, match="gate_up is a tensor that requires a gradient; expected a frozen one"):
+        moe_lora(**args, adapters=factors)
