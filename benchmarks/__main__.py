@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -19,6 +20,14 @@ from .harness import Row
 from .tables import comparisons, number
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {e}") from e
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     listing = lambda entries: "; ".join(f"{n}: {what}" for n, what in entries)  # noqa: E731
     p = argparse.ArgumentParser(
@@ -29,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("suites", nargs="+", metavar="SUITE", help=", ".join(suites.SUITES))
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
     p.add_argument("--peers", default="all", help="all, none, or a comma-separated list (default all)")
+    p.add_argument("--match", type=_pattern, default="", metavar="REGEX", help="only cases in whose name this is found")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all rows here, after every case")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="bars of %% of ceiling (needs matplotlib)")
     p.add_argument("--quick", action="store_true", help="tiny shapes and few turns: shows that all runs, not how fast")
@@ -55,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         report.run(name)
         report.show(name)
+    if args.match and not report.rows:
+        report.say(f"--match is {args.match!r}, which is found in no case of {', '.join(names)}; nothing was timed")
+        return 2
     if args.plot:
         plot.save(args.plot, report.rows)
     report.finish()
@@ -93,16 +106,20 @@ class Report:
         try:
             if hasattr(module, "rows"):
                 with self.progress() as say:
-                    for row in module.rows(self.device, self.args.quick, self.peer_names, self.ceilings, say):
+                    for row in module.rows(self.device, self.args.quick, self.peer_names, self.ceilings, say, self.wanted):
                         self.rows.append(row)
                         self.store()
                 return
             for case in module.cases(self.device, self.args.quick):
                 where = case.name
-                self.run_case(suite, case)
+                if self.wanted(case.name):
+                    self.run_case(suite, case)
         except Exception as e:
             traceback.print_exc()
             self.rows.append(Row(suite, where, "ours", "fwd", error=harness.describe(e)))
+
+    def wanted(self, case: str) -> bool:
+        return re.search(self.args.match, case) is not None
 
     def run_case(self, suite: str, case: harness.Case) -> None:
         impls = harness.our_impls(case, self.device, case.context["dtype"])

@@ -26,12 +26,17 @@ LENGTH = 4096
 PEER_OF = {"transformers+liger": "liger", "transformers+compile": "compile", "transformers": "transformers"}
 
 
-def rows(device: str, quick: bool, peers: list[str], ceilings: dict[str, float], say: Callable[[str], None]) -> Iterator[Row]:
+def rows(
+    device: str, quick: bool, peers: list[str], ceilings: dict[str, float], say: Callable[[str], None],
+    wanted: Callable[[str], bool] = lambda case: True,
+) -> Iterator[Row]:
     if device != "cuda":
         say("train_step runs on CUDA only")
         return
     for model, batch, impls in CASES[:1] if quick else CASES:
         case, first = f"{model} b{batch}T{LENGTH} bf16", None
+        if not wanted(case):
+            continue
         config = Qwen3Config.from_name(model)
         for impl in impls:
             if impl in PEER_OF and PEER_OF[impl] not in peers:

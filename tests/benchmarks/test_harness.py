@@ -181,6 +181,7 @@ class TestCommandLine:
         (["nosuch"], suites.SUITES), (["pointwise", "--peers", "torch,nosuch"], peers.PEERS),
         (["pointwise", "--peers", ""], peers.PEERS), (["pointwise", "--threads", "0"], ["--threads"]),
         (["pointwise", "--device", "tpu"], ["cpu", "cuda"]), (["pointwise", "--fast"], ["--fast"]), ([], ["SUITE"]),
+        (["pointwise", "--match", "("], ["--match", "no regular expression"]),
     ])
     def test_refuses_what_it_does_not_know(self, argv, names, capsys):
         with pytest.raises(SystemExit) as e:
@@ -188,6 +189,14 @@ class TestCommandLine:
         assert e.value.code == 2
         message = " ".join(capsys.readouterr().err.split())
         assert all(name in message for name in names)
+
+    def test_match_names_the_cases(self, tmp_path, capsys):
+        argv = ["pointwise", "attention", "--device", "cpu", "--quick", "--peers", "none", "--json", str(tmp_path / "r.json"), "--match"]
+        assert cli.main([*argv, "packed|swiglu"]) == 0
+        cases = {row["case"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+        assert len(cases) == 2 and all("packed" in case or "swiglu" in case for case in cases)
+        assert cli.main([*argv, "nosuch"]) == 2
+        assert "found in no case of pointwise, attention" in " ".join(capsys.readouterr().err.split())
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
     def test_refuses_a_gpu_that_is_not_there(self, capsys):
