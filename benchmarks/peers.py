@@ -364,6 +364,32 @@ def _(context):
     return Impl(run)
 
 
+# --- qk_norm_attention(q, k, v, q_weight, k_weight, cos, sin[, cu_seqlens]) -> out: what one would put together from the parts
+
+
+def _assembled(prologue: str, core: str) -> Factory:
+    def factory(context):
+        after = _FACTORIES[core, "attention"](context)
+        if after is None or (prologue == "liger" and context["documents"] is not None):  # Liger's rope wants a batch
+            return None
+        before = _FACTORIES[prologue, "qk_norm_rope"](context)
+
+        def run(q, k, v, q_weight, k_weight, cos, sin, **packed):
+            q, k = before.fn(q, k, q_weight, k_weight, cos, sin)
+            return after.fn(q, k, v, **packed)
+
+        return Impl(run, mutates=before.mutates, adapt=before.adapt)
+
+    return factory
+
+
+for _name, _prologue, _core in (
+    ("torch", "torch", "torch"), ("sdpa-cudnn", "compile", "sdpa-cudnn"), ("sdpa-flash", "compile", "sdpa-flash"),
+    ("fa4", "compile", "fa4"), ("liger", "liger", "torch"),
+):
+    provides(_name, "qk_norm_attention")(_assembled(_prologue, _core))
+
+
 # --- moe_router(logits) -> weights. context: top_k
 
 

@@ -22,7 +22,7 @@ from .cache import KVCache
 from .config import Qwen3Config
 from .inputs import Step, prepare
 from .moe import MoE, Routing
-from .recompute import qk_norm_rope, rms_norm, swiglu
+from .recompute import qk_norm_attention, qk_norm_rope, rms_norm, swiglu
 
 
 class Norm(nn.Module):
@@ -51,9 +51,13 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, step: Step) -> Tensor:
         q_THC, k_TKC, v_TKC = (proj(x_TD).unflatten(-1, (-1, self.C)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q_THC, k_TKC = qk_norm_rope(
-            q_THC, k_TKC, self.q_norm.weight, self.k_norm.weight, step.cos, step.sin, self.eps, exact=self.exact
-        )
+        weights = self.q_norm.weight, self.k_norm.weight
+        if step.cache is None and not self.exact:
+            out_THC = qk_norm_attention(
+                q_THC, k_TKC, v_TKC, *weights, (step.cos, step.sin), cu_seqlens=step.cu_seqlens, eps=self.eps
+            )
+            return self.o_proj(out_THC.flatten(-2))
+        q_THC, k_TKC = qk_norm_rope(q_THC, k_TKC, *weights, step.cos, step.sin, self.eps, exact=self.exact)
         if step.cache is not None:
             step.cache.update(self.layer, k_TKC, v_TKC, *step.where)
             if step.cu_seqlens is None:  # else a prefill, which has all its keys at hand

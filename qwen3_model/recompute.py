@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import qwen3_kernels as kernels
+from qwen3_kernels.ops.qk_norm_attention import has_kernels
 
 POLICIES = ("none", "norm+swiglu", "full")
 
@@ -61,6 +62,16 @@ def qk_norm_rope(*args: Any, exact: bool = False) -> tuple[Tensor, Tensor]:
     out = kernels.qk_norm_rope(*args, exact=exact)
     _leave(partial(kernels.qk_norm_rope, *args, exact=exact), *out)
     return out
+
+
+def qk_norm_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
+    if torch.compiler.is_compiling() or getattr(_local, "recipes", None) is None:
+        return kernels.qk_norm_attention(q, k, v, *args, **options)
+    if has_kernels(q, k):
+        return kernels.qk_norm_attention(q, k, v, *args, recompute=True, **options)
+    q_weight, k_weight, rope = args
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, *rope, options["eps"])
+    return kernels.attention(q, k, v, cu_seqlens=options["cu_seqlens"])
 
 
 # ---- recipes in place of tensors -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from types import ModuleType
 SUITES = {
     "pointwise": "rms_norm with and without residual, swiglu, cross_entropy",
     "qk_norm_rope": "per-head RMSNorm of q and k, then RoPE",
+    "qk_norm_attention": "norm, RoPE and attention in one op",
     "loss": "the head and cross-entropy in one, at Qwen3's vocabulary",
     "attention": "causal grouped-query attention, batched and packed",
     "moe": "experts and router of a mixture, in training and decoding, balanced and skewed",

@@ -17,23 +17,31 @@ struct Attention {
 
 void attention(const Attention&, uintptr_t stream);
 
+// What stood before q or k: a norm of each head and RoPE (qk_norm_rope). With it the gradient is that of `x`.
+struct NormRope {
+  Heads x;
+  const float *weight, *cos, *sin;  // [128], [rows, 64]; token n has row n % rows
+  int64_t rows;
+  float eps;
+  float* dweight;  // [tiles, heads, 2, 128], to be summed
+};
+
 struct AttentionBackward {
   int64_t sequences, length, q_heads, k_heads;
   const int32_t* cu_seqlens;
   bool causal;
   float scale;
   Heads q, k, v, dout;
-  const void* out;   // as attention wrote them
+  const void* out;  // as attention wrote them
   const float* lse;
   void *dq, *dk, *dv;  // [tokens, heads, 128], contiguous
   // Scratch, for tiles = attention_backward_tiles():
   float *lse_log2, *delta;  // [tiles, q_heads, 128]
   float* dq_sum;            // [tiles, q_heads, 2, 64 * 128]
+  float* dk_sum;            // [tiles, k_heads, 2, 64 * 128], with a prologue
   int32_t* turns;           // [tiles, q_heads, 2]
   int32_t* ticket;          // [1]
-  int variant = 0;
-  float scale_log2 = 0;  // set by the launch, as the next one
-  int processors = 0;
+  const NormRope* prologue = nullptr;  // none, or those of q and k
 };
 
 void attention_backward(const AttentionBackward&, uintptr_t stream);

@@ -2,17 +2,13 @@
 //
 // A CTA owns 128 keys of one key head and walks over the queries that see them, of every query head of the group, 64 at a
 // time; dK and dV stay in registers throughout. Each of its two multiplying warpgroups has 64 keys. A step is five products:
-// S^T = K Q^T and dP^T = V dO^T; dV += P^T dO and dK += dS^T Q, with P^T and dS^T from registers; dQ = dS K, with dS through
-// shared memory, which the warpgroups take by turns, so that each waits for the other only every second step and has the
-// wide operand that spares shared memory: 112 bytes a cycle (of 128) at the tensor cores' full rate. dQ goes from registers
-// straight to its sum in memory, in the registers' order; through shared memory it would be 137.
+// S^T = K Q^T and dP^T = V dO^T; dV += P^T dO with P^T from registers; dQ = dS K and dK += dS^T Q, with dS through shared
+// memory. The warpgroups take dQ by turns: each waits for the other only every second step, and has the wide operand that
+// spares shared memory. What is begun before it is needed: the scores and dP of the next step, and dK behind dQ.
 //
 // dQ is a sum over CTAs, taken in a fixed order: every block of queries has a counter of the contributions that it has got,
-// and a contribution waits for its turn. No one waits in practice, because of how the work is dealt. Even key heads go from
-// the last block of keys (few queries see it) to the first, odd ones the other way, and the queries of a block of keys are
-// walked so that the CTA before in the order is always a step ahead: upwards from the diagonal for even heads; down to it
-// for odd ones, whose CTAs start one after another as the even heads' end. Both kinds together fill the processors evenly.
-// A contribution waits only for work dealt before it, so there is always one that can run.
+// and a contribution waits for its turn. The order is about the one in which they come, and CTAs have the same amount of
+// work: two blocks of keys, one from the front, which many queries see, and one from the back.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -68,25 +64,28 @@ struct Work {
 };
 
 // Whether CTAs have two blocks of keys: only if all those of a head can run at once, since then they wait for one another.
-__device__ inline bool pairs_up(const AttentionBackward& a, int blocks) { return (blocks + 1) / 2 <= a.processors; }
+__device__ inline bool pairs_up(int blocks, int processors) { return (blocks + 1) / 2 <= processors; }
 
-// The ticket's work; false for a ticket too many. The heads of a section go through together, so that when one section's
-// CTAs end one after another, the next one's start in that order.
-__device__ inline bool deal(const AttentionBackward& a, int ticket, Work& w) {
+// The ticket's work; false for a ticket too many.
+__device__ inline bool deal(const AttentionBackward& a, int processors, int ticket, Work& w) {
   const int k_heads = int(a.k_heads), s = a.cu_seqlens ? sequence_at(a, ticket / k_heads) : 0;
   if (a.cu_seqlens) ticket -= first_tile(a, s) * k_heads;
-  const int blocks = blocks_of(sequence(a, s).length), each = pairs_up(a, blocks) ? (blocks + 1) / 2 : blocks;
+  const int blocks = blocks_of(sequence(a, s).length), each = pairs_up(blocks, processors) ? (blocks + 1) / 2 : blocks;
   const int heads = a.cu_seqlens ? k_heads : k_heads * int(a.sequences);
   if (ticket >= each * heads) return false;
-  const int most = max(a.processors / each, 1), section = ticket / (most * each), here = min(most, heads - section * most);
-  ticket -= section * most * each;
-  const int head = section * most + ticket % here;
-  w = {a.cu_seqlens ? s : head / k_heads, head % k_heads, ticket / here};
+  const int head = ticket / each;
+  w = {a.cu_seqlens ? s : head / k_heads, head % k_heads, ticket % each};
   return true;
 }
 
 // The steps of a CTA: for each of its blocks of keys the blocks of queries, and for each of these the heads of the group.
-// The first block of keys sees the queries from the last to the first, the second one the other way round.
+//
+// Together: the CTAs of a head go over the same queries at the same time, the first block of keys from the last query to the
+// first and the second one back, in the order of the CTAs. They have to wait for one another at the start (5 % with 4 query
+// heads a key head, 8 % with 2), but what they share is in L2.
+// Spread: each starts at its diagonal and goes up, with its second block back down, so that no two are ever at the same
+// queries but for a few crossings. Nobody waits; but 17 MB a query head of the group go through L2, of which it holds two.
+// B8 T4096 h16/8: 504 TFLOP/s spread and 466 together; B4 T4096 h32/8: 440 and 505.
 template <bool CAUSAL> struct Walk {
   static constexpr int kPer = kKeys / kQueries;
   int index, k_blocks, q_blocks, group;
@@ -95,13 +94,15 @@ template <bool CAUSAL> struct Walk {
 
   __device__ Walk(int index, int length, int group, bool paired)
       : index(index), k_blocks(blocks_of(length)), q_blocks((length + kQueries - 1) / kQueries), group(group), paired(paired) {}
+  __device__ bool spread() const { return CAUSAL && paired && group <= 2; }
   __device__ int firsts() const { return paired ? (k_blocks + 1) / 2 : k_blocks; }  // blocks of keys that are some CTA's first
   __device__ int parts() const { return k_blocks - 1 - index >= firsts() ? 2 : 1; }
+  __device__ bool upwards() const { return spread() == (part == 0); }
   __device__ void begin(int which) {
     part = which, head = 0;
     key_block = part ? k_blocks - 1 - index : index;
     first = CAUSAL ? key_block * kPer : 0;
-    block = part ? first : q_blocks - 1;
+    block = upwards() ? first : q_blocks - 1;
   }
   __device__ int steps() const { return (q_blocks - first) * group; }
   __device__ bool more() const { return block >= first && block < q_blocks; }
@@ -109,10 +110,16 @@ template <bool CAUSAL> struct Walk {
     ++step;
     if (++head < group) return;
     head = 0;
-    block += part ? 1 : -1;
+    block += upwards() ? 1 : -1;
   }
-  // Contributions to this block's dQ that come before this one.
-  __device__ int before() const { return part ? firsts() + (CAUSAL ? block / kPer : k_blocks - 1) - key_block : key_block; }
+  // Contributions to this block's dQ that come before this one. Spread, in the order of time, in blocks of queries since the
+  // start: first blocks of keys at `last` - index, second ones at k_blocks - index + later, the latter after the former.
+  __device__ int before() const {
+    const int last = CAUSAL ? block / kPer : k_blocks - 1, later = k_blocks - 1 - last;
+    if (!spread()) return part ? firsts() + last - key_block : key_block;
+    return part ? key_block - max(0, index - 2 * later - 1)
+                : min(last, firsts() - 1) - index + max(0, k_blocks - firsts() - 2 - 2 * later - index);
+  }
   // Which block of all that there are, in the scratch.
   __device__ int place(const Work& w, int first_tile, int q_heads) const {
     return ((first_tile + block / kPer) * q_heads + w.k_head * group + head) * kPer + block % kPer;
@@ -139,24 +146,28 @@ __device__ inline void store_release(int* p, int x) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 
-// A thread's share of 64 rows x 128 columns, as wgmma leaves it, to rows of bf16.
+// A thread's 32 numbers of a row, columns 8 j + 2 quarter (+ 1), to bf16.
+__device__ inline void write_row(const float (&x)[32], __nv_bfloat16* to, int quarter, bool live) {
+#pragma unroll
+  for (int g = 0; g < 4; ++g) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) packed[i] = pack_pair(x[8 * g + 2 * i], x[8 * g + 2 * i + 1]);
+    quad_transpose(packed, quarter);
+    if (live) *reinterpret_cast<uint4*>(to + 8 * (4 * g + quarter)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  }
+}
+
+// Its share of 64 rows x 128 columns, as wgmma leaves it.
 __device__ inline void write_rows(const float (&x)[64], float scale, int first_row, int length, __nv_bfloat16* to, int64_t stride,
                                   int quarter) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + 8 * half;
+    float y[32];
 #pragma unroll
-    for (int g = 0; g < 4; ++g) {
-      uint32_t packed[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 4 * (4 * g + i) + 2 * half;
-        packed[i] = pack_pair(x[at] * scale, x[at + 1] * scale);
-      }
-      quad_transpose(packed, quarter);
-      if (row < length)
-        *reinterpret_cast<uint4*>(to + row * stride + 8 * (4 * g + quarter)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-    }
+    for (int j = 0; j < 32; ++j) y[j] = x[j / 2 * 4 + 2 * half + j % 2] * scale;
+    write_row(y, to + row * stride, quarter, row < length);
   }
 }
 
@@ -202,7 +213,7 @@ template <bool CAUSAL>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                     const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dout_map,
-                    const __grid_constant__ AttentionBackward a) {
+                    const __grid_constant__ AttentionBackward a, float scale_log2, int processors) {
   extern __shared__ __align__(1024) uint8_t k_tile[];
   uint8_t *const v_tile = k_tile + kKeyTile, *const ds_tiles = v_tile + kKeyTile, *const q_tiles = ds_tiles + kKeyTile;
   uint8_t *const dout_tiles = q_tiles + kStages * kQueryTile, *const dq_tile = dout_tiles + kStages * kQueryTile;
@@ -228,10 +239,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   Work w;
-  if (!deal(a, *ticket, w)) return;
+  if (!deal(a, processors, *ticket, w)) return;
   const Sequence s = sequence(a, w.sequence);
   const int q_heads = int(a.q_heads), group = q_heads / int(a.k_heads);
-  Walk<CAUSAL> walk(w.index, s.length, group, pairs_up(a, blocks_of(s.length)));
+  Walk<CAUSAL> walk(w.index, s.length, group, pairs_up(blocks_of(s.length), processors));
   const int parts = walk.parts();
 
   if (threadIdx.x < 128) {
@@ -272,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (walk.begin(part); walk.more(); walk.next()) {
           if (walk.step % kAdders != adder) continue;
           const int place = walk.place(w, base, q_heads), before = walk.before();
-          while (!(a.variant & 2) && load_acquire(a.turns + place) != before) {}
+          while (load_acquire(a.turns + place) != before) {}
           barrier_wait(dq_full + adder, walk.step / kAdders % 2);
           float* const to = a.dq_sum + int64_t(place) * kQueries * kWidth;
           before == 0 ? bulk_store(to, dq_tile, kSums) : bulk_add(to, dq_tile, kSums);
@@ -351,8 +362,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         const float2 shift = reinterpret_cast<const float2*>(lse_rows + stage * kQueries)[quarter + 4 * j];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          p[4 * j + 2 * half] = exp2_fast(fmaf(p[4 * j + 2 * half], a.scale_log2, -shift.x));
-          p[4 * j + 2 * half + 1] = exp2_fast(fmaf(p[4 * j + 2 * half + 1], a.scale_log2, -shift.y));
+          p[4 * j + 2 * half] = exp2_fast(fmaf(p[4 * j + 2 * half], scale_log2, -shift.x));
+          p[4 * j + 2 * half + 1] = exp2_fast(fmaf(p[4 * j + 2 * half + 1], scale_log2, -shift.y));
         }
       }
       const int before = visible[stage];
@@ -425,28 +436,100 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x % 128 == 0) barrier_arrive(keys_empty);
     const int64_t stride = a.k_heads * kWidth, at = (s.row * a.k_heads + w.k_head) * kWidth;
     const int first_row = walk.key_block * kKeys + local_key;
-    write_rows(dk, a.scale, first_row, s.length, static_cast<__nv_bfloat16*>(a.dk) + at, stride, quarter);
+    if (a.dk_sum != nullptr) {
+      const int64_t place = ((int64_t(first_tile(a, w.sequence)) + walk.key_block) * a.k_heads + w.k_head) * 2 + consumer;
+      float4* const to = reinterpret_cast<float4*>(a.dk_sum + place * 64 * kWidth) + threadIdx.x % 128;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) to[j * 128] = make_float4(dk[4 * j], dk[4 * j + 1], dk[4 * j + 2], dk[4 * j + 3]);
+    } else {
+      write_rows(dk, a.scale, first_row, s.length, static_cast<__nv_bfloat16*>(a.dk) + at, stride, quarter);
+    }
     write_rows(dv, 1.f, first_row, s.length, static_cast<__nv_bfloat16*>(a.dv) + at, stride, quarter);
   }
 }
 
-// dQ from its sums, which lie as the threads of two warpgroups hold them. A CTA has 128 tokens of a head.
-__global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ AttentionBackward a) {
-  const int tile = blockIdx.x, q_heads = int(a.q_heads), head = blockIdx.y, s = sequence_at(a, tile);
-  const Sequence q = sequence(a, s);
-  const int first_row = (tile - first_tile(a, s)) * kKeys;
-  if (first_row >= q.length) return;
-  const int thread = threadIdx.x % 128;
-  const float* from = a.dq_sum + (int64_t(tile) * q_heads + head) * kKeys * kWidth + threadIdx.x / 128 * 64 * kWidth + thread * 4;
-  float x[64];
+// The gradient before norm and RoPE from that after them, of a thread's 32 columns of a row: RoPE pairs a column with the one
+// 64 further on, which is the same thread's. Adds to dweight's shares of these columns.
+__device__ inline void norm_rope_backward(float (&g)[32], const NormRope& before, const __nv_bfloat16* row, int64_t token,
+                                          int quarter, float (&dweight)[32]) {
+  float x[32], sum = 0, dot = 0;
 #pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    const float4 y = __ldcs(reinterpret_cast<const float4*>(from + j * 512));
-    x[4 * j] = y.x, x[4 * j + 1] = y.y, x[4 * j + 2] = y.z, x[4 * j + 3] = y.w;
+  for (int i = 0; i < 4; ++i) {
+    const uint4 eight = *reinterpret_cast<const uint4*>(row + 32 * i + 8 * quarter);
+    uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+    quad_transpose(pairs, quarter);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      x[8 * i + 2 * j] = __uint_as_float(pairs[j] << 16), x[8 * i + 2 * j + 1] = __uint_as_float(pairs[j] & 0xffff0000);
+      sum = fmaf(x[8 * i + 2 * j], x[8 * i + 2 * j], fmaf(x[8 * i + 2 * j + 1], x[8 * i + 2 * j + 1], sum));
+    }
   }
-  auto* to = static_cast<__nv_bfloat16*>(a.dq) + (q.row * q_heads + head) * kWidth;
-  write_rows(x, a.scale, first_row + threadIdx.x / 128 * 64 + thread / 32 * 16 + thread % 32 / 4, q.length, to, a.q_heads * kWidth,
-             thread % 4);
+  sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
+  const float rstd = 1.f / sqrtf(sum / kWidth + before.eps);
+  const int64_t turn = token % before.rows * (kWidth / 2) + 2 * quarter;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float2 c = __ldg(reinterpret_cast<const float2*>(before.cos + turn + 8 * j));
+    const float2 s = __ldg(reinterpret_cast<const float2*>(before.sin + turn + 8 * j));
+    const float2 low = __ldg(reinterpret_cast<const float2*>(before.weight + 8 * j + 2 * quarter));
+    const float2 high = __ldg(reinterpret_cast<const float2*>(before.weight + 8 * j + 2 * quarter + 64));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float &a = g[2 * j + i], &b = g[2 * j + 16 + i];
+      const float cosine = i ? c.y : c.x, sine = i ? s.y : s.x, u = fmaf(a, cosine, b * sine), v = fmaf(b, cosine, -a * sine);
+      x[2 * j + i] *= rstd, x[2 * j + 16 + i] *= rstd;
+      dweight[2 * j + i] = fmaf(u, x[2 * j + i], dweight[2 * j + i]);
+      dweight[2 * j + 16 + i] = fmaf(v, x[2 * j + 16 + i], dweight[2 * j + 16 + i]);
+      a = u * (i ? low.y : low.x), b = v * (i ? high.y : high.x);
+      dot = fmaf(a, x[2 * j + i], fmaf(b, x[2 * j + 16 + i], dot));
+    }
+  }
+  dot += __shfl_xor_sync(~0u, dot, 1), dot += __shfl_xor_sync(~0u, dot, 2);
+  const float mean = dot / kWidth;
+#pragma unroll
+  for (int j = 0; j < 32; ++j) g[j] = rstd * (g[j] - x[j] * mean);
+}
+
+// A gradient from its sums, which lie as the threads of a warpgroup held them. A CTA has 64 tokens of a head.
+template <bool PROLOGUE>
+__global__ void __launch_bounds__(128, 3) finish_kernel(const __grid_constant__ AttentionBackward a, const float* sums, int heads,
+                                                     __nv_bfloat16* grad, const __grid_constant__ NormRope before) {
+  const int tile = blockIdx.x / 2, head = blockIdx.y, s = sequence_at(a, tile), thread = threadIdx.x, quarter = thread % 4;
+  const Sequence q = sequence(a, s);
+  const int top = (tile - first_tile(a, s)) * kKeys + blockIdx.x % 2 * 64, first_row = top + thread / 32 * 16 + thread % 32 / 4;
+  const int64_t place = (int64_t(tile) * heads + head) * 2 + blockIdx.x % 2;
+  if (PROLOGUE && top >= q.length) before.dweight[place * kWidth + thread] = 0;
+  if (top >= q.length) return;
+  const float* const from = sums + place * 64 * kWidth + thread * 4;
+  float dweight[32] = {};
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + 8 * half, there = min(row, q.length - 1);
+    const bool live = row < q.length;
+    float g[32];
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const float2 y = *reinterpret_cast<const float2*>(from + j * 512 + 2 * half);
+      g[2 * j] = live ? y.x * a.scale : 0, g[2 * j + 1] = live ? y.y * a.scale : 0;
+    }
+    if constexpr (PROLOGUE) {  // a row beyond the sequence reads the last one's x, to no effect
+      const auto* const data = static_cast<const __nv_bfloat16*>(before.x.data) + q.batch * before.x.batch +
+                               (q.first_token + there) * before.x.token + head * before.x.head;
+      norm_rope_backward(g, before, data, q.row + there, quarter, dweight);
+    }
+    write_row(g, grad + ((q.row + row) * heads + head) * kWidth, quarter, live);
+  }
+  if constexpr (PROLOGUE) {  // over the rows: of a warp by exchange, of the warps in their order
+    __shared__ float share[4][kWidth];
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) dweight[j] += __shfl_xor_sync(~0u, dweight[j], step);
+      if (thread % 32 < 4) share[thread / 32][j / 2 * 8 + 2 * quarter + j % 2] = dweight[j];
+    }
+    __syncthreads();
+    before.dweight[place * kWidth + thread] = share[0][thread] + share[1][thread] + share[2][thread] + share[3][thread];
+  }
 }
 
 void check(cudaError_t error) {
@@ -460,7 +543,7 @@ CUtensorMap heads_map(const AttentionBackward& a, const Heads& x, int64_t heads,
   return tensor_map<4>(x.data, {kWidth, heads, a.length, batches}, {x.head, x.token, batch}, {64, 1, tokens, 1});
 }
 
-template <bool CAUSAL> void launch(AttentionBackward a, cudaStream_t stream) {
+template <bool CAUSAL> void launch(const AttentionBackward& a, cudaStream_t stream) {
   static const int sms = [] {
     int device = 0, count = 0;
     check(cudaGetDevice(&device));
@@ -468,18 +551,23 @@ template <bool CAUSAL> void launch(AttentionBackward a, cudaStream_t stream) {
     check(cudaFuncSetAttribute(backward_kernel<CAUSAL>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
     return count;
   }();
-  a.scale_log2 = a.scale * kLog2e;
-  a.variant = getenv("V") ? atoi(getenv("V")) : 0;
   const int64_t tiles = attention_backward_tiles(a.cu_seqlens != nullptr, a.sequences, a.length);
   if (tiles * a.q_heads > INT32_MAX / 2) throw std::invalid_argument("attention: more than 2^30 tiles of 128 queries and a head");
   const int64_t blocks = (a.length + kKeys - 1) / kKeys, half = (blocks + 1) / 2;
-  a.processors = sms;
   const int64_t ctas = a.k_heads * (a.cu_seqlens ? tiles : a.sequences * (half <= sms ? half : blocks));
   prepare_kernel<<<dim3(unsigned(tiles), unsigned((a.q_heads + 7) / 8), 4), 256, 0, stream>>>(a);
   backward_kernel<CAUSAL><<<unsigned(ctas), kThreads, kShared, stream>>>(
       heads_map(a, a.q, a.q_heads, kQueries), heads_map(a, a.k, a.k_heads, kKeys), heads_map(a, a.v, a.k_heads, kKeys),
-      heads_map(a, a.dout, a.q_heads, kQueries), a);
-  finish_kernel<<<dim3(unsigned(tiles), unsigned(a.q_heads)), 256, 0, stream>>>(a);
+      heads_map(a, a.dout, a.q_heads, kQueries), a, a.scale * kLog2e, sms);
+  const auto finish = [&](auto kernel, const float* sums, int64_t heads, void* grad, const NormRope& before) {
+    kernel<<<dim3(unsigned(2 * tiles), unsigned(heads)), 128, 0, stream>>>(a, sums, int(heads), static_cast<__nv_bfloat16*>(grad), before);
+  };
+  if (a.prologue == nullptr) {
+    finish(finish_kernel<false>, a.dq_sum, a.q_heads, a.dq, {});
+  } else {
+    finish(finish_kernel<true>, a.dq_sum, a.q_heads, a.dq, a.prologue[0]);
+    finish(finish_kernel<true>, a.dk_sum, a.k_heads, a.dk, a.prologue[1]);
+  }
   check(cudaGetLastError());
 }
 
@@ -491,6 +579,8 @@ int64_t attention_backward_tiles(bool packed, int64_t sequences, int64_t length)
 
 void attention_backward(const AttentionBackward& a, uintptr_t stream) {
   if (!(a.scale > 0)) throw std::invalid_argument("attention: the scale must be above 0");
+  if ((a.prologue == nullptr) != (a.dk_sum == nullptr))
+    throw std::invalid_argument("attention: sums of dK and a prologue belong together");
   a.causal ? launch<true>(a, reinterpret_cast<cudaStream_t>(stream)) : launch<false>(a, reinterpret_cast<cudaStream_t>(stream));
 }
 

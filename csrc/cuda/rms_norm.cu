@@ -168,18 +168,18 @@ template <class T, class W, int VEC, int ITEMS> __global__ void __launch_bounds_
 
 // dweight[j] = sum over partials, in order. 32 columns a block; 8 rows of threads each take a contiguous run of partials.
 template <class W> __global__ void reduce_partials(const float* partial, int partials, int64_t h, W* dweight) {
-  __shared__ float sums[8][33];
+  __shared__ double sums[8][33];  // a line of a hundred floats would have twice the error of torch's tree
   const int64_t j = int64_t(blockIdx.x) * 32 + threadIdx.x;
   const int begin = partials * threadIdx.y / 8, end = partials * (threadIdx.y + 1) / 8;
-  float sum = 0;
+  double sum = 0;
   if (j < h)
     for (int p = begin; p < end; ++p) sum += partial[p * h + j];
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y != 0 || j >= h) return;
-  float total = 0;
+  double total = 0;
   for (int r = 0; r < 8; ++r) total += sums[r][threadIdx.x];
-  from_float(dweight[j], total);
+  from_float(dweight[j], float(total));
 }
 
 int multiprocessors() {

@@ -34,20 +34,47 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
     q_start: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale)[:3]
+
+
+def backward_through_norm_rope(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
+    q_start: Tensor | None, causal: bool, scale: float, q_raw: Tensor, k_raw: Tensor, q_weight: Tensor, k_weight: Tensor,
+    cos: Tensor, sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As ``backward`` where q and k are ``qk_norm_rope(q_raw, k_raw, q_weight, k_weight, cos, sin, eps)``: (dq_raw, dk_raw, dv,
+    dq_weight, dk_weight)."""
+    cos, sin = (t.float().contiguous() for t in (cos, sin))
+    parts = [(_aligned(raw), weight.float().contiguous(), cos, sin, eps) for raw, weight in ((q_raw, q_weight), (k_raw, k_weight))]
+    dq, dk, dv, *shares = _backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale, parts)
+    return dq, dk, dv, *(s.sum(0).to(w.dtype) for s, w in zip(shares, (q_weight, k_weight)))
+
+
+def _backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale, prologue=()) -> list[Tensor]:
+    """[dq, dk, dv], and with a prologue the shares [blocks, D] of dq_weight and dk_weight."""
     dout, q, k, v = map(_aligned, (dout, q, k, v))
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    grads = [empty(*t.shape, dtype=t.dtype) for t in (q, k, v)]
     sequences, cu_seqlens = _sequences(q, cu_seqlens)
-    tiles = core.attention_backward_tiles(cu_seqlens is not None, sequences, q.shape[-3]) * q.shape[-2]
-    sums = torch.empty(tiles, TILE, q.shape[-1], dtype=torch.float32, device=q.device)
-    rows = torch.empty(2, tiles, TILE, dtype=torch.float32, device=q.device)
-    counters = torch.empty(2 * tiles + 1, dtype=torch.int32, device=q.device)
+    tiles = core.attention_backward_tiles(cu_seqlens is not None, sequences, q.shape[-3])
+    sums = [empty(tiles * t.shape[-2], TILE * q.shape[-1]) for t in ((q, k) if prologue else (q,))]
+    rows, counters = empty(2, tiles * q.shape[-2], TILE), empty(2 * tiles * q.shape[-2] + 1, dtype=torch.int32)
+    shares = [empty(2 * s.shape[0], q.shape[-1]) for s in sums] if prologue else []
+    before = [
+        (heads(raw), weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[0], eps, share.data_ptr())
+        for (raw, weight, cos, sin, eps), share in zip(prologue, shares)
+    ]
     with torch.cuda.device(q.device):
         core.attention_backward(
             sequences, q.shape[-3], q.shape[-2], k.shape[-2], _address(cu_seqlens), causal, scale,
-            heads(q), heads(k), heads(v), heads(dout), out.data_ptr(), lse.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
-            rows.data_ptr(), sums.data_ptr(), counters.data_ptr(), torch.cuda.current_stream().cuda_stream,
+            heads(q), heads(k), heads(v), heads(dout), out.data_ptr(), lse.data_ptr(), *(g.data_ptr() for g in grads),
+            rows.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr() if prologue else 0, counters.data_ptr(), before,
+            torch.cuda.current_stream().cuda_stream,
         )
-    return dq, dk, dv
+    return grads + shares
 
 
 def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor | None]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..ops import attention as attention_op
-from ..ops import linear_cross_entropy, moe_experts, qk_norm_rope, rms_norm, swiglu
+from ..ops import linear_cross_entropy, moe_experts, qk_norm_attention, qk_norm_rope, rms_norm, swiglu
 
 NAME = "qwen3_kernels"  # of the implementations of attention and experts
 OPS = ("rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy", "attention", "experts")
@@ -83,16 +83,23 @@ def _attention_module(original: Callable, family: Family) -> Callable:
         cos, sin = (t[..., :half].reshape(-1, half).float() for t in position_embeddings)
         tokens = hidden_states.shape[:-1]
         q, k, v = (p(hidden_states).view(*tokens, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        weights = _weight(self.q_norm, q), _weight(self.k_norm, k)
-        q, k = qk_norm_rope(q, k, *weights, cos, sin, self.q_norm.variance_epsilon)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        weights, eps = (_weight(self.q_norm, q), _weight(self.k_norm, k)), self.q_norm.variance_epsilon
         cache, position = kwargs.pop(cache_name, None), kwargs.pop("cache_position", None)
+        dropout = self.attention_dropout if self.training else 0.0
+        if cache is None and self.config._attn_implementation == NAME and self.sliding_window is None:
+            ours, bounds = _documents(self, tokens[1], tokens[1], attention_mask, dropout, kwargs)
+            if ours:
+                if bounds is not None:
+                    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+                out = qk_norm_attention(q, k, v, *weights, (cos, sin), cu_seqlens=bounds, eps=eps, scale=self.scaling)
+                return self.o_proj(out.reshape(*tokens, -1)), None
+        q, k = qk_norm_rope(q, k, *weights, cos, sin, eps)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             known = {} if position is None else {"cache_kwargs": {"cache_position": position}}
             k, v = cache.update(k, v, self.layer_idx, **({"kwargs": kwargs} if cache_name == "cache" else known))
         out, weights = family.attention_function(self.config._attn_implementation)(
-            self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=self.sliding_window,
-            dropout=self.attention_dropout if self.training else 0.0, **kwargs,
+            self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=self.sliding_window, dropout=dropout, **kwargs
         )
         return self.o_proj(out.reshape(*tokens, -1)), weights
 
@@ -223,27 +230,35 @@ def attention_forward(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     B, T = query.shape[0], query.shape[2]
-    packed = attention_mask is not None and attention_mask.dim() == 2
-    bounds = kwargs.get("cu_seq_lens_q") if key.shape[2] == T else None
-    causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
-    ours = causal and not dropout and kwargs.get("position_bias") is None and (packed or attention_mask is None)
-    if packed and bounds is None and torch.compiler.is_compiling():
-        ours = False  # how many documents there are is data: a mask it is, as in transformers
+    ours, bounds = _documents(module, T, key.shape[2], attention_mask, dropout, kwargs)
     if not ours:
-        if packed:
+        if attention_mask is not None and attention_mask.dim() == 2:
             same = attention_mask.unsqueeze(2) == attention_mask.unsqueeze(1)
             attention_mask = (same & same.new_ones(T, T).tril()).unsqueeze(1)
         kwargs |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if packed and bounds is None:
-        bounds = _bounds(attention_mask)
     if 1 < T < key.shape[2]:  # without a mask: the first tokens of a static cache, whose later rows are empty
         key, value = key[:, :, :T], value[:, :, :T]
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     if bounds is None:
         return attention_op(q, k, v, scale=scaling), None
     q, k, v = (t.reshape(-1, *t.shape[2:]) for t in (q, k, v))
-    return attention_op(q, k, v, scale=scaling, cu_seqlens=bounds.int()).unflatten(0, (B, T)), None
+    return attention_op(q, k, v, scale=scaling, cu_seqlens=bounds).unflatten(0, (B, T)), None
+
+
+def _documents(
+    module: nn.Module, queries: int, keys: int, attention_mask: Tensor | None, dropout: float, kwargs: dict
+) -> tuple[bool, Tensor | None]:
+    """(whether it is attention that the op can do, cu_seqlens of packed documents or None)"""
+    packed = attention_mask is not None and attention_mask.dim() == 2
+    bounds = kwargs.get("cu_seq_lens_q") if keys == queries else None
+    causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
+    ours = causal and not dropout and kwargs.get("position_bias") is None and (packed or attention_mask is None)
+    if packed and bounds is None and torch.compiler.is_compiling():
+        ours = False  # how many documents there are is data: a mask it is, as in transformers
+    if ours and packed and bounds is None:
+        bounds = _bounds(attention_mask)
+    return ours, None if bounds is None else bounds.int()
 
 
 def _bounds(documents: Tensor) -> Tensor:

@@ -83,7 +83,21 @@ def attention(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names the argument.
     """
-    op, packed = "attention", cu_seqlens is not None
+    check("attention", q, k, v, cu_seqlens, q_start)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = backend_for(q, k, q_start, scale)
+    if backend == "torch" or q.numel() == 0 or k.numel() == 0:
+        if return_lse or q.numel() == 0 or k.numel() == 0:
+            return attention_ref(
+                q, k, v, causal=causal, scale=scale, cu_seqlens=cu_seqlens, q_start=q_start, return_lse=return_lse
+            )
+        return _sdpa(q, k, v, causal, scale, cu_seqlens, q_start)
+    out, lse = _forward(q, k, v, cu_seqlens, q_start, causal, scale, backend)
+    return (out, lse) if return_lse else out
+
+
+def check(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, q_start: Tensor | None = None) -> None:
+    packed = cu_seqlens is not None
     floating(op, q=q)
     dims = "[N, H, D] with cu_seqlens" if packed else "[B, T, H, D]"
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -104,20 +118,10 @@ def attention(
                 None if q_start is None else tuple(q_start.shape), f"shape ({q.shape[0]},)")
     for name, t in (("cu_seqlens", cu_seqlens), ("q_start", q_start)):
         if t is not None and t.dtype != torch.int32:
-            raise TypeError(f"attention: {name} is {t.dtype}; expected torch.int32")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    backend = _backend(q, k, q_start, scale)
-    if backend == "torch" or q.numel() == 0 or k.numel() == 0:
-        if return_lse or q.numel() == 0 or k.numel() == 0:
-            return attention_ref(
-                q, k, v, causal=causal, scale=scale, cu_seqlens=cu_seqlens, q_start=q_start, return_lse=return_lse
-            )
-        return _sdpa(q, k, v, causal, scale, cu_seqlens, q_start)
-    out, lse = _forward(q, k, v, cu_seqlens, q_start, causal, scale, backend)
-    return (out, lse) if return_lse else out
+            raise TypeError(f"{op}: {name} is {t.dtype}; expected torch.int32")
 
 
-def _backend(q: Tensor, k: Tensor, q_start: Tensor | None, scale: float) -> str:
+def backend_for(q: Tensor, k: Tensor, q_start: Tensor | None, scale: float) -> str:
     backend = dispatch.resolve("attention", q.device.type, q.dtype)
     # The Hopper kernels take whole sequences, as many keys as queries, and one head width.
     fits = q.shape[-1] == 128 and q.shape[:-2] == k.shape[:-2] and q_start is None and scale > 0

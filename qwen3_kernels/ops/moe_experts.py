@@ -80,6 +80,8 @@ def moe_experts(
     E, width = gate_up.shape[0], gate_up.shape[1] // 2
     require(down.shape == (E, D, width), op, "down", tuple(down.shape), f"({E}, {D}, {width})")
     require(ids.dim() == 2 and ids.shape[0] == N and ids.shape[1] > 0, op, "ids", tuple(ids.shape), f"[{N}, K]")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: ids is {ids.dtype}; expected torch.int64 or torch.int32")
     require(weights.shape == ids.shape, op, "weights", tuple(weights.shape), f"ids' shape {tuple(ids.shape)}")
     same_device(op, x, gate_up=gate_up, down=down, ids=ids, weights=weights, gate_up_grad=gate_up_grad,
                 down_grad=down_grad)

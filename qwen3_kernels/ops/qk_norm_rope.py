@@ -55,7 +55,20 @@ def qk_norm_rope(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names the argument.
     """
-    op = "qk_norm_rope"
+    check("qk_norm_rope", q, k, q_weight, k_weight, cos, sin)
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.empty_like(q), torch.empty_like(k)
+    N, D = q.numel() // (q.shape[-2] * q.shape[-1]), q.shape[-1]
+    backend = "torch" if exact else dispatch.resolve("qk_norm_rope", q.device.type, q.dtype)
+    if backend == "torch":
+        return qk_norm_rope_ref(q, k, q_weight, k_weight, cos, sin, eps, exact=exact)
+    q_out, k_out = _forward(
+        q.reshape(N, -1, D), k.reshape(N, -1, D), q_weight, k_weight, cos.float(), sin.float(), eps, backend
+    )
+    return q_out.view(q.shape), k_out.view(k.shape)
+
+
+def check(op: str, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> None:
     floating(op, q=q)
     require(q.dim() >= 3, op, "q", tuple(q.shape), "[..., Hq, D] with at least one leading dimension")
     D = q.shape[-1]
@@ -68,17 +81,9 @@ def qk_norm_rope(
     require(sin.shape == cos.shape, op, "sin", tuple(sin.shape), f"cos's shape {tuple(cos.shape)}")
     same_device(op, q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     same_dtype(op, q, k=k)
-    if q.numel() == 0 or k.numel() == 0:
-        return torch.empty_like(q), torch.empty_like(k)
-    N = q.numel() // (q.shape[-2] * D)
-    require(cos.shape[0] > 0 and N % cos.shape[0] == 0, op, "cos", tuple(cos.shape), f"a number of rows that divides N = {N}")
-    backend = "torch" if exact else dispatch.resolve(op, q.device.type, q.dtype)
-    if backend == "torch":
-        return qk_norm_rope_ref(q, k, q_weight, k_weight, cos, sin, eps, exact=exact)
-    q_out, k_out = _forward(
-        q.reshape(N, -1, D), k.reshape(N, -1, D), q_weight, k_weight, cos.float(), sin.float(), eps, backend
-    )
-    return q_out.view(q.shape), k_out.view(k.shape)
+    if q.numel() and k.numel():
+        N = q.numel() // (q.shape[-2] * D)
+        require(cos.shape[0] > 0 and N % cos.shape[0] == 0, op, "cos", tuple(cos.shape), f"a number of rows that divides N = {N}")
 
 
 @torch.library.custom_op("qwen3::qk_norm_rope", mutates_args=())

@@ -157,6 +157,53 @@ def test_the_op_uses_it():
     assert all(map(torch.equal, gradients(attention, q, k, v, dout), backward(dout, q, k, v, want, lse)))
 
 
+def norm_rope_inputs(lead, Hq, Hk, positions, scale=1.0):
+    """From a packed projection, with weights that have zeros and negatives among them."""
+    from test_qk_norm_rope import table
+
+    qkv = torch.randn(*lead, Hq + 2 * Hk, D, device="cuda").mul(scale).bfloat16()
+    inputs = dict(zip("qkv", qkv.split([Hq, Hk, Hk], -2)))
+    for name in ("q_weight", "k_weight"):
+        inputs[name] = torch.randn(D, device="cuda").bfloat16()
+        inputs[name][::9] = 0
+    return inputs | table(positions, D)
+
+
+@pytest.mark.parametrize(
+    "lead, heads, lengths, scale",
+    [((2, 129), (4, 2), None, 1.0), ((1, 300), (8, 1), None, 1.0), ((700,), (6, 3), (0, 64, 1, 500, 135), 1.0), ((2, 200), (4, 4), None, 1e-5)],
+    ids=["batched", "one-key-head", "packed", "eps-dominated"],
+)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "again"])
+def test_norm_and_rope_in_the_backward(lead, heads, lengths, scale, recompute):
+    from qwen3_kernels import qk_norm_attention, selfcheck
+    from qwen3_kernels.ops.qk_norm_attention import qk_norm_attention_ref
+
+    inputs = norm_rope_inputs(lead, *heads, torch.arange(lead[-1]) + 1_000_000 - lead[-1], scale)
+    if lengths is not None:
+        inputs["cu_seqlens"] = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+
+    def plain(q, k, v, q_weight, k_weight, cos, sin, cu_seqlens=None):
+        """Norm and RoPE rounded once, then eager attention with rounded probabilities."""
+        from qwen3_kernels.ops.qk_norm_rope import qk_norm_rope_ref
+
+        q, k = qk_norm_rope_ref(q, k, q_weight, k_weight, cos, sin)
+        if cu_seqlens is None:
+            return eager(q, k, v, True, D**-0.5)
+        parts = [slice(a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()) if b > a]
+        return torch.cat([eager(q[None, p], k[None, p], v[None, p], True, D**-0.5)[0] for p in parts])
+
+    def ours(cos, sin, **kw):
+        return qk_norm_attention(rope=(cos, sin), recompute=recompute, **kw)
+
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+    truth = selfcheck.outputs_and_grads(lambda cos, sin, **kw: qk_norm_attention_ref(rope=(cos, sin), **kw), wide)
+    found = (selfcheck.outputs_and_grads(f, inputs) for f in (ours, plain))
+    ratios = [selfcheck.error_ratio(g, p, t) for g, p, t in zip(*found, truth, strict=True)]
+    assert max(ratios) <= selfcheck.LIMIT, ratios
+    assert all(map(torch.equal, *(selfcheck.outputs_and_grads(ours, inputs) for _ in range(2))))
+
+
 def test_in_a_cuda_graph_and_compiled():
     from qwen3_kernels import attention
 

@@ -10,7 +10,7 @@ from qwen3_kernels.ops.moe_router import MAX_EXPERTS, moe_router_ref
 BACKENDS = ["torch", *backends("moe_router")]
 parametrize_backend = pytest.mark.parametrize("backend", BACKENDS)
 parametrize_norm = pytest.mark.parametrize("renormalise", [True, False], ids=["renormalised", "probabilities"])
-SHAPES = [(1, 1, 1), (1, 8, 8), (5, 128, 8), (37, 6, 2), (9, 100, 16), (4, 512, 10), (130, 3, 1), (3, 130, 1)]
+SHAPES = [(1, 1, 1), (16, 8, 8), (5, 128, 8), (37, 6, 2), (9, 100, 16), (4, 512, 10), (130, 3, 1), (3, 130, 1)]
 
 
 def outputs(router, top_k, **options):
