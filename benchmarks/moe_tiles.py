@@ -52,7 +52,8 @@ def candidates(step: str, rows: float) -> Iterator[Tile]:
 def steps(tokens: int, D: int, I: int, E: int, K: int) -> dict[str, tuple[Callable[[], object], float]]:
     """Step -> (call, FLOPs)."""
     new = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-    x, gate_up, down, weights = new(tokens, D), new(E, 2 * I, D) / 45, new(E, D, I) / 28, torch.rand(tokens, K, device="cuda")
+    x, gate_up, down = new(tokens, D), new(E, 2 * I, D) / 45, new(E, D, I) / 28
+    weights = torch.rand(tokens, K, device="cuda")
     plan = routing_plan(routed(tokens, E, K, "balanced", "cuda"), E)
     h, a = op.up(x, gate_up, plan)
     out = torch.empty_like(down)
@@ -98,7 +99,8 @@ def main() -> None:
             if step in args.step:
                 results += (found := tune(step, call, flops, tokens, tokens * K / E))
                 for r in found[:5]:
-                    print(f"{r.step:14} T{r.tokens:<6} {r.ms:8.4f} ms {r.tflops:7.1f} TFLOP/s  {tuple(r.tile)}", flush=True)
+                    rate = f"{r.ms:8.4f} ms {r.tflops:7.1f} TFLOP/s"
+                    print(f"{r.step:14} T{r.tokens:<6} {rate}  {tuple(r.tile)}", flush=True)
     if args.json:
         with open(args.json, "w") as f:
             json.dump([{**vars(r), "tile": list(r.tile)} for r in results], f, indent=1)

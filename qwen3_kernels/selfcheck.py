@@ -117,7 +117,8 @@ def inputs_for(op: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     if op == "moe_experts":
         ids = torch.tensor([[0, 4], [4, 2], [2, 0], [4, 5], [4, 0]], device=device)  # none to 1 and 3, one dropped
         weights = torch.rand(5, 2, generator=g).to(device)
-        return {"x": rand(5, 64), "gate_up": rand(5, 96, 64) / 8, "down": rand(5, 64, 48) / 7, "ids": ids, "weights": weights}
+        return {"x": rand(5, 64), "gate_up": rand(5, 96, 64) / 8, "down": rand(5, 64, 48) / 7, "ids": ids,
+                "weights": weights}
     if op == "attention":
         n, width = (200, 128) if device == "cuda" else (40, 64)  # more than a block; the width that the kernels take
         cu = torch.tensor([0, 3, 3, n], dtype=torch.int32, device=device)

@@ -164,9 +164,11 @@ class Qwen3(nn.Module):
         if both:
             raise ValueError("Qwen3: return_router_logits and return_routing are both set; expected one of them")
         if expert_ids is not None and len(expert_ids) != layers:
-            raise ValueError(f"Qwen3: expert_ids has {len(expert_ids)} entries; expected one for each of {layers} MoE layers")
+            raise ValueError(f"Qwen3: expert_ids has {len(expert_ids)} entries; expected one for each of {layers} MoE "
+                             "layers")
         if token_mask is not None and token_mask.shape != tokens.shape:
-            raise ValueError(f"Qwen3: token_mask is {tuple(token_mask.shape)}; expected tokens' shape {tuple(tokens.shape)}")
+            raise ValueError(f"Qwen3: token_mask is {tuple(token_mask.shape)}; expected tokens' shape "
+                             f"{tuple(tokens.shape)}")
         return iter(expert_ids or [None] * layers), None if token_mask is None else token_mask.reshape(-1)
 
     def head(self, hidden: Tensor) -> Tensor:

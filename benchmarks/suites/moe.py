@@ -107,8 +107,8 @@ def experts_case(device: str, n: int, D: int, I: int, E: int, K: int, dtype: tor
     name = f"moe_experts T{n} d{D} n{I} E{E} K{K} {short_name(dtype)}" + ("" if routing == "balanced" else f" {routing}")
     return Case(
         "moe_experts", name, lambda seed: make_set(device, n, D, I, E, K, dtype, routing, seed), moe_experts, reference,
-        2 * TOLERANCE[dtype], f"gemm_{short_name(dtype)}_tflops", flops={"fwd": flops, "bwd": 2 * flops, "fwdbwd": 3 * flops},
-        grads=GRADS, context={"device": device, "dtype": dtype}, sets=2,
+        2 * TOLERANCE[dtype], f"gemm_{short_name(dtype)}_tflops",
+        flops={"fwd": flops, "bwd": 2 * flops, "fwdbwd": 3 * flops}, grads=GRADS, context={"device": device, "dtype": dtype}, sets=2,
     )
 
 

@@ -51,7 +51,8 @@ def up_backward(dh: Tensor, gate_up: Tensor, plan: Plan) -> Tensor:
 def weight_grad(left: Tensor, right: Tensor, plan: Plan, out: Tensor, accumulate: bool, gathered: str) -> None:
     for e, part in _moe_torch.groups(plan, empty=True):
         token = plan.token[part]
-        product = _mm((left[token] if gathered == "left" else left[part]).T, right[token] if gathered == "right" else right[part])
+        a = left[token] if gathered == "left" else left[part]
+        product = _mm(a.T, right[token] if gathered == "right" else right[part])
         out[e] = out[e] + product if accumulate else product
 
 
@@ -60,8 +61,8 @@ def _times_transposed(a: Tensor, source: Tensor | None, weight: Tensor, plan: Pl
     E, n, k = weight.shape
     out = torch.zeros(plan.token.shape[0], n, dtype=a.dtype)
     core.moe_rows(
-        E, n, k, FEW, plan.offsets.data_ptr(), 0 if source is None else source.data_ptr(), rows(a), rows(weight.view(E * n, k)),
-        rows(out),
+        E, n, k, FEW, plan.offsets.data_ptr(), 0 if source is None else source.data_ptr(), rows(a),
+        rows(weight.view(E * n, k)), rows(out),
     )
     for e, part in _moe_torch.groups(plan):
         if part.stop - part.start > FEW:

@@ -301,8 +301,8 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     Raises ValueError: experts whose activation is not SiLU, or whose weights are not whole [E, 2I, D] and [E, D, I].
     """
     if not _plain_experts(module):
-        raise ValueError(f"experts_implementation is {NAME!r}, but {type(module).__name__} has another activation than SiLU, "
-                         "biases, transposed or sharded weights; expected gate_up_proj [E, 2I, D] and down_proj [E, D, I]")
+        raise ValueError(f"experts_implementation is {NAME!r}, but {type(module).__name__} has another activation than "
+                         "SiLU, biases, transposed or sharded weights; expected gate_up_proj [E, 2I, D] and down_proj [E, D, I]")
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else module.gate_up_proj.dtype
     if top_k_weights.dtype not in (dtype, torch.float32):

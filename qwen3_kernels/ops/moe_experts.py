@@ -75,19 +75,21 @@ def moe_experts(
     floating(op, x=x, weights=weights)
     require(x.dim() == 2, op, "x", tuple(x.shape), "[N, D]")
     N, D = x.shape
-    require(gate_up.dim() == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] % 2 == 0 and gate_up.shape[2] == D, op, "gate_up",
-            tuple(gate_up.shape), f"[E, 2I, {D}]")
+    packed = gate_up.dim() == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] % 2 == 0 and gate_up.shape[2] == D
+    require(packed, op, "gate_up", tuple(gate_up.shape), f"[E, 2I, {D}]")
     E, width = gate_up.shape[0], gate_up.shape[1] // 2
     require(down.shape == (E, D, width), op, "down", tuple(down.shape), f"({E}, {D}, {width})")
     require(ids.dim() == 2 and ids.shape[0] == N and ids.shape[1] > 0, op, "ids", tuple(ids.shape), f"[{N}, K]")
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: ids is {ids.dtype}; expected torch.int64 or torch.int32")
     require(weights.shape == ids.shape, op, "weights", tuple(weights.shape), f"ids' shape {tuple(ids.shape)}")
-    same_device(op, x, gate_up=gate_up, down=down, ids=ids, weights=weights, gate_up_grad=gate_up_grad, down_grad=down_grad)
+    same_device(op, x, gate_up=gate_up, down=down, ids=ids, weights=weights, gate_up_grad=gate_up_grad,
+                down_grad=down_grad)
     same_dtype(op, x, gate_up=gate_up, down=down)
     if weights.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"{op}: weights is {weights.dtype}; expected torch.float32 or {x.dtype}, x's dtype")
-    require((gate_up_grad is None) == (down_grad is None), op, "gate_up_grad and down_grad", "only one given", "both or neither")
+    require((gate_up_grad is None) == (down_grad is None), op, "gate_up_grad and down_grad", "only one given",
+            "both or neither")
     for name, buffer, like in (("gate_up_grad", gate_up_grad, gate_up), ("down_grad", down_grad, down)):
         if buffer is not None:
             require(buffer.shape == like.shape and buffer.is_contiguous(), op, name, tuple(buffer.shape),
@@ -189,7 +191,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dout_ND, x_ND, gate_up, down, weights_NK, h, offsets, token, slot, inverse, want_x, want_gate_up, want_down, backend):
+def _(dout_ND, x_ND, gate_up, down, weights_NK, h, offsets, token, slot, inverse, want_x, want_gate_up, want_down,
+      backend):
     wanted = ((x_ND, want_x), (gate_up, want_gate_up), (down, want_down), (weights_NK, True))
     return tuple(t.new_empty(t.shape if want else 0) for t, want in wanted)
 
@@ -217,14 +220,14 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 @torch.library.custom_op("qwen3::moe_experts_backward_into", mutates_args=("gate_up_grad", "down_grad"))
 def _backward_into(
     dout_ND: Tensor, x_ND: Tensor, gate_up: Tensor, down: Tensor, weights_NK: Tensor, h: Tensor, offsets: Tensor,
-    token: Tensor, slot: Tensor, inverse: Tensor, gate_up_grad: Tensor, down_grad: Tensor, want_x: bool, want_gate_up: bool,
-    want_down: bool, backend: str,
+    token: Tensor, slot: Tensor, inverse: Tensor, gate_up_grad: Tensor, down_grad: Tensor, want_x: bool,
+    want_gate_up: bool, want_down: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(dx, or [0] when not wanted, dweights); adds to the weights' gradients."""
     dx, dweights = _gradients(
         dout_ND.contiguous(), x_ND.contiguous(), gate_up.contiguous(), down.contiguous(), weights_NK.contiguous(), h,
-        Plan(offsets, token, slot, inverse), want_x, gate_up_grad if want_gate_up else None, down_grad if want_down else None,
-        True, backend,
+        Plan(offsets, token, slot, inverse), want_x, gate_up_grad if want_gate_up else None,
+        down_grad if want_down else None, True, backend,
     )
     return x_ND.new_empty(0) if dx is None else dx, dweights.to(weights_NK.dtype)
 

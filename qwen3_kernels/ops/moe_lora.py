@@ -64,7 +64,8 @@ def moe_lora(
     E, D, width = down.shape if down.dim() == 3 else (0, 0, 0)
     require(E > 0 and D == x.shape[1], op, "down", tuple(down.shape), f"[E, {x.shape[1]}, I]")
     r = adapters.up_a.shape[1] if adapters.up_a.dim() == 3 else 0
-    shapes = {"gate_up": (E, 2 * width, D), "up_a": (E, r, D), "up_b": (E, 2 * width, r), "down_a": (E, r, width), "down_b": (E, D, r)}
+    shapes = {"gate_up": (E, 2 * width, D), "up_a": (E, r, D), "up_b": (E, 2 * width, r), "down_a": (E, r, width),
+              "down_b": (E, D, r)}
     given = {"gate_up": gate_up} | adapters._asdict()
     for name, shape in shapes.items():
         require(given[name].shape == shape, op, name, tuple(given[name].shape), str(shape))
@@ -98,7 +99,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [N, D], h [R, 2I], A1 x [R, r])"""
     (kernels, thin), plan = _steps(backend), Plan(offsets, token, slot, inverse)
-    x, gate_up, down, weights, up_a, up_b, down_a, down_b = _contiguous(x, gate_up, down, weights, up_a, up_b, down_a, down_b)
+    x, gate_up, down, weights, up_a, up_b, down_a, down_b = _contiguous(
+        x, gate_up, down, weights, up_a, up_b, down_a, down_b
+    )
     h, _ = kernels.up(x, gate_up, plan)
     low = thin.down(x[token], up_a, plan)
     _added(h, thin.down(low, up_b, plan), scale)

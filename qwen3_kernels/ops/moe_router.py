@@ -64,8 +64,8 @@ def moe_router(
         logits: [N, E].
         top_k: K, at most E. More than 512 experts or 16 a token run in plain torch.
         renormalise: weights sum to 1 over the K experts; else they are the probabilities.
-        expert_ids: [N, K] int64 in [0, E): routing replay. These experts are taken, their weights (and gradients) come from
-            ``logits``.
+        expert_ids: [N, K] int64 in [0, E): routing replay. These experts are taken, their weights (and gradients) come
+            from ``logits``.
         mask: [N], 0 leaves a token (padding) out of ``prob_sum``. It is routed all the same.
         return_stats: also return `RouterStats`.
 
@@ -76,8 +76,8 @@ def moe_router(
     Bytes moved (b per logit): forward N·(E·b + 12·K), backward N·(2·E·b + 12·K).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit. IndexError (CPU): an id out of range; on CUDA, where
-        a check would need a host sync, that token's weights are NaN.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit. IndexError (CPU): an id out of range; on CUDA,
+        where a check would need a host sync, that token's weights are NaN.
     """
     op = "moe_router"
     floating(op, logits=logits)

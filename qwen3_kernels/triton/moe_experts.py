@@ -36,7 +36,8 @@ class Tile(NamedTuple):
 # By step and rows per expert (the last bound that is at most R / E counts). For 16-bit tensors on sm_90, where two warp
 # groups share a tile of 128 rows; small tiles use the older instructions, which a stream of weights does not notice.
 TILES = {
-    "up": {0: Tile(16, 32, 128, 4, 4), 4: Tile(16, 64, 128, 4, 3), 24: Tile(64, 64, 64, 4, 4), 96: Tile(128, 128, 64, 8, 3)},
+    "up": {0: Tile(16, 32, 128, 4, 4), 4: Tile(16, 64, 128, 4, 3), 24: Tile(64, 64, 64, 4, 4),
+           96: Tile(128, 128, 64, 8, 3)},
     "down": {0: Tile(16, 64, 128, 4, 4), 24: Tile(64, 128, 64, 4, 4), 96: Tile(128, 256, 64, 8, 3)},
     "down_backward": {0: Tile(16, 64, 128, 4, 3), 24: Tile(64, 128, 64, 4, 3), 96: Tile(128, 128, 64, 8, 3)},
     "up_backward": {0: Tile(16, 64, 128, 4, 4), 24: Tile(64, 128, 64, 4, 4), 96: Tile(128, 256, 64, 8, 3)},
@@ -173,8 +174,8 @@ def _rows_kernel(
     EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr, TRANSPOSED: tl.constexpr,
     ROWS_TMA: tl.constexpr, TMA: tl.constexpr,
 ):
-    """out [R, N] = rows_in [R, K] @ weight[expert], which is [K, N], or [N, K] to be transposed. ``low_rows`` is rows_in for
-    tiles of LOW rows."""
+    """out [R, N] = rows_in [R, K] @ weight[expert], which is [K, N], or [N, K] to be transposed. ``low_rows`` is rows_in
+    for tiles of LOW rows."""
     blocks: tl.constexpr = (N + BN - 1) // BN
     expert, row, end = _tile(tiles, offsets, tl.program_id(0) // blocks, T, E, EP, BM)
     n = (tl.program_id(0) % blocks) * BN
@@ -212,7 +213,7 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _swiglu_backward(da, weight, h, dh, a, rows, end, n, I: tl.constexpr, BN: tl.constexpr):
-    """Columns n to n + BN of the gradient of h and of the weighted activation, stored; returns the rows' sums of da · a."""
+    """Stores columns n to n + BN of the gradient of h and of the weighted activation; returns the rows' sums of da · a."""
     dtype: tl.constexpr = dh.dtype.element_ty
     cols = n + tl.arange(0, BN)[None, :]
     mask = (rows < end)[:, None] & (cols < I)
@@ -231,8 +232,8 @@ def _swiglu_backward(da, weight, h, dh, a, rows, end, n, I: tl.constexpr, BN: tl
 
 @triton.jit(do_not_specialize=["R", "T"])
 def _down_backward_kernel(
-    dout, down, h, weights, dh, a, partial, tiles, offsets, token, slot, dout_stride, R, T, D: tl.constexpr, I: tl.constexpr,
-    E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr,
+    dout, down, h, weights, dh, a, partial, tiles, offsets, token, slot, dout_stride, R, T, D: tl.constexpr,
+    I: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr,
     TMA: tl.constexpr,
 ):
     blocks: tl.constexpr = (I + BN - 1) // BN
@@ -251,8 +252,8 @@ def _down_backward_kernel(
 
 @triton.jit
 def _down_backward_tile(
-    dout, down, h, weights, dh, a, partial, token, slot, dout_stride, expert, row, end, n, D: tl.constexpr, I: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+    dout, down, h, weights, dh, a, partial, token, slot, dout_stride, expert, row, end, n, D: tl.constexpr,
+    I: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):
     rows = row + tl.arange(0, BM)
     inside = tl.minimum(rows, end - 1)
@@ -391,7 +392,8 @@ def _decode_down_kernel(
             i = start + tl.arange(0, BK)
             a_i = tl.load(a + r * I + i, mask=(i < I) & kept, other=0.0).to(tl.float32) * weight
             at = down + (expert * D + rows)[:, None] * I + i[None, :]
-            total += tl.load(at, mask=(rows < D)[:, None] & (i < I)[None, :] & kept, other=0.0).to(tl.float32) * a_i[None, :]
+            mask = (rows < D)[:, None] & (i < I)[None, :] & kept
+            total += tl.load(at, mask=mask, other=0.0).to(tl.float32) * a_i[None, :]
     tl.store(out + n * D + rows, cast(tl.sum(total, 1), out.dtype.element_ty), mask=rows < D)
 
 
@@ -460,8 +462,8 @@ def _up(x: Tensor, gate_up: Tensor, plan: Plan, keep: bool) -> tuple[Tensor | No
     weight = _descriptor(gate_up, [1, tile.cols, tile.depth])
     with on_device(x):
         grid, where = _row_tiles(plan, tile.rows, triton.cdiv(width, tile.cols))
-        _up_kernel[grid](x, weight, h, a, token=plan.token, x_stride=x.stride(0), D=D, I=width, TMA=_is_tma(weight), **where,
-                         **_row_sizes(tile))
+        _up_kernel[grid](x, weight, h, a, token=plan.token, x_stride=x.stride(0), D=D, I=width, TMA=_is_tma(weight),
+                         **where, **_row_sizes(tile))
     return h, a
 
 
@@ -498,11 +500,12 @@ def down_backward(dout: Tensor, down: Tensor, h: Tensor, weights: Tensor, plan: 
     with on_device(dout):
         grid, where = _row_tiles(plan, tile.rows, blocks)
         _down_backward_kernel[grid](
-            dout, weight, h, weights, dh, a, partial, token=plan.token, slot=plan.slot, dout_stride=dout.stride(0), R=R, D=D,
-            I=width, TMA=_is_tma(weight), **where, **_row_sizes(tile),
+            dout, weight, h, weights, dh, a, partial, token=plan.token, slot=plan.slot, dout_stride=dout.stride(0), R=R,
+            D=D, I=width, TMA=_is_tma(weight), **where, **_row_sizes(tile),
         )
-        _dweights_kernel[(triton.cdiv(R, 512),)](partial, plan.offsets, plan.inverse, dweights, R, E=E, PARTS=blocks, B=512,
-                                                 num_warps=4)
+        _dweights_kernel[(triton.cdiv(R, 512),)](
+            partial, plan.offsets, plan.inverse, dweights, R, E=E, PARTS=blocks, B=512, num_warps=4,
+        )
     return dweights, dh, a
 
 
@@ -519,7 +522,8 @@ def _combine(y: Tensor, weights: Tensor | None, plan: Plan, N: int) -> Tensor:
     out = torch.empty(N, D, dtype=y.dtype, device=y.device)
     with on_device(y):
         _combine_kernel[(N * triton.cdiv(D, block),)](
-            y, weights, out, plan.offsets, plan.inverse, D=D, K=R // N, E=plan.offsets.numel() - 1, BLOCK=block, num_warps=4,
+            y, weights, out, plan.offsets, plan.inverse, D=D, K=R // N, E=plan.offsets.numel() - 1, BLOCK=block,
+            num_warps=4,
         )
     return out
 

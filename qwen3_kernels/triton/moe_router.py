@@ -32,7 +32,8 @@ def _forward_kernel(
         row = tile * ROWS + tl.arange(0, ROWS)
         there = row < N
         row = row.to(tl.int64)
-        x = tl.load(logits + row[:, None] * stride + cols, mask=there[:, None] & (cols < E), other=float("-inf")).to(tl.float32)
+        full = there[:, None] & (cols < E)
+        x = tl.load(logits + row[:, None] * stride + cols, mask=full, other=float("-inf")).to(tl.float32)
         x = tl.where(there[:, None] | (cols > 0), x, 0.0)  # rows past the end: finite
         peak = tl.max(x, 1)
         e = exp(x - peak[:, None], True)
@@ -124,7 +125,8 @@ def forward(
     logits, sizes = row_major(logits), _sizes(E, top_k, renormalise)
     expert_ids = None if expert_ids is None else expert_ids.contiguous()
     floats = {"dtype": torch.float32, "device": device}
-    weights, lse, prob_sum = torch.empty(N, top_k, **floats), torch.empty(N, **floats), torch.empty(E if stats else 0, **floats)
+    weights, lse = torch.empty(N, top_k, **floats), torch.empty(N, **floats)
+    prob_sum = torch.empty(E if stats else 0, **floats)
     ids = torch.empty(N, top_k, dtype=torch.int64, device=device)
     programs = min(triton.cdiv(N, sizes["ROWS"]), 4 * multiprocessors(device))
     partial = torch.empty(programs, E, **floats) if stats else None

@@ -120,14 +120,16 @@ def test_experts_of_another_kind_are_left_alone(calls):
     torch.testing.assert_close(step(model, inputs)["loss"], plain["loss"])
     assert "moe_experts" not in calls
     with pytest.raises(ValueError, match="experts_implementation is 'qwen3_kernels', but Qwen3MoeExperts"):
-        integration.experts_forward(model.model.layers[0].mlp.experts, torch.ones(2, 64), torch.zeros(2, 2).long(), torch.ones(2, 2))
+        experts, index = model.model.layers[0].mlp.experts, torch.zeros(2, 2, dtype=torch.int64)
+        integration.experts_forward(experts, torch.ones(2, 64), index, torch.ones(2, 2))
 
 
 @pytest.mark.skipif(not V5, reason="transformers 4 has no interface for experts")
 def test_experts_of_other_ranks_add_nothing():
     """Under expert parallelism their index is the number of experts, their weight 0 or not."""
     experts = make("moe").model.layers[0].mlp.experts
-    x, index, weights = torch.randn(7, 64), torch.tensor([[0, 4], [4, 4], [3, 1], [2, 4], [4, 0], [1, 2], [4, 3]]), torch.rand(7, 2)
+    index = torch.tensor([[0, 4], [4, 4], [3, 1], [2, 4], [4, 0], [1, 2], [4, 3]])
+    x, weights = torch.randn(7, 64), torch.rand(7, 2)
     want = experts(x, index.clamp(max=3), weights * (index < 4))
     apply(None, **only("experts"))
     torch.testing.assert_close(experts(x, index, weights), want)

@@ -12,10 +12,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def backends(op: str) -> list:
+def backends(op: str, dtype: torch.dtype = torch.float32) -> list:
     """Parameters for every backend that has a kernel for ``op`` on this machine's device."""
     names = ("cpu", "cuda", "triton")
-    found = [n for n in names if dispatch.unavailable(op, n, DEVICE, torch.float32) is None]
+    found = [n for n in names if dispatch.unavailable(op, n, DEVICE, dtype) is None]
     if op != "attention" or DEVICE == "cpu":  # on CUDA attention is torch's own
         assert found, f"no backend of {names} runs {op} on {DEVICE}: is the package built?"
     return found

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from common import DEVICE, DTYPES, parametrize_dtype, pick, randn
+from common import DEVICE, DTYPES, backends, parametrize_dtype, pick, randn
 
 from qwen3_kernels import dispatch, moe_experts, moe_lora, selfcheck
 from qwen3_kernels.ops import Adapters, moe_lora_ref
 
-BACKENDS = ["torch", *(b for b in ("cpu", "cuda", "triton") if dispatch.unavailable("moe_experts", b, DEVICE, DTYPES["bf16"]) is None)]
+BACKENDS = ["torch", *backends("moe_experts", DTYPES["bf16"])]
 parametrize_backend = pytest.mark.parametrize("backend", BACKENDS)
 FROZEN = ("gate_up", "down")
 
@@ -45,7 +45,8 @@ def test_error_rule(backend, dtype, shape):
             found["got"].append(selfcheck.outputs_and_grads(ours, inputs))
     pooled = {n: [torch.cat([t.flatten() for t in same]) for same in zip(*lists)] for n, lists in found.items()}
     assert len(pooled["got"]) == 1 + 6
-    ratios = [selfcheck.error_ratio(g, p, t) for g, p, t in zip(pooled["got"], pooled["plain"], pooled["truth"], strict=True)]
+    triples = zip(pooled["got"], pooled["plain"], pooled["truth"], strict=True)
+    ratios = [selfcheck.error_ratio(*triple) for triple in triples]
     assert max(ratios) <= selfcheck.LIMIT, ratios
 
 

@@ -150,7 +150,8 @@ def test_through_the_model(numerics, recompute):
     [
         (lambda r: balance_loss([], torch.zeros(0, E)), "balance_loss: routing is empty"),
         (lambda r: balance_loss(r, torch.zeros(3, 5)), r"balance_loss: counts has shape \(3, 5\); expected \(3, 6\)"),
-        (lambda r: balance_loss([x._replace(stats=None) for x in r], torch.zeros(3, E)), "balance_loss: routing has no stats"),
+        (lambda r: balance_loss([x._replace(stats=None) for x in r], torch.zeros(3, E)),
+         "balance_loss: routing has no stats"),
         (lambda r: z_loss(r, torch.ones(11)), r"z_loss: mask has shape \(11,\); expected 12 entries"),
         (lambda r: expert_counts(r, torch.ones(11)), "expert_counts: mask has shape"),
     ],
