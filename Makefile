@@ -25,7 +25,7 @@ doctor: .venv/demo
 	touch $@
 
 .venv/test: .venv/demo
-	$(BIN)/python -m pip install --quiet --editable '.[train,transformers,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,transformers,data,test]'
 	touch $@
 
 clean:
