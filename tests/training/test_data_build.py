@@ -19,7 +19,8 @@ from training import strict
 from training.data import build as builder
 from training.data import labels
 from training.data.__main__ import main
-from training.data.build import Build, Source, jsonl
+from training.data.build import Build, jsonl
+from training.data.cells import Cell
 from training.data.filters import Quality, eval_texts, normalise, run_hashes
 from training.data.shards import TokenShards
 
@@ -146,7 +147,7 @@ def test_what_is_kept_and_where(built, raw):
     assert not any("Aberfeldy" in t or "too short" in t or "again and again" in t for t in everything)
     assert not any("abab" in t for t in everything) and sum("class C" in t for t in everything) == 4
     assert sum(t == prose(0) or "lake" in t for t in everything) == 1, "of two near-duplicates one stays"
-    cells = {labels.Cell.parse(k) for k in found}
+    cells = {Cell.parse(k) for k in found}
     assert {c.language for c in cells} == {"en", "de", "zh", "zxx"}
     assert {(c.field, c.domain, c.educational_value) for c in cells if c.language == "zxx"} == {("computing", "code", "2")}
     given = {c for c in cells if c.field == "nature" and c.domain == "book"}

@@ -40,9 +40,11 @@ from .blocks import (
     JsonlReader, JsonlWriter, LocalPipelineExecutor, MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature, PipelineStep,
     RayPipelineExecutor, SlurmPipelineExecutor,
 )
+from .cells import FILE as CELLS
+from .cells import Cell
 from .endpoint import Endpoint
 from .filters import Contamination, Language, Normalise, Quality
-from .labels import LABELS, Cell, Classifier, Judge, Label, clean, labelled
+from .labels import LABELS, Classifier, Judge, Label, clean, labelled
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Merge(PipelineStep):
                 cells.setdefault(key, asdict(Cell.parse(key)))[part] = sizes
         if not any("train" in c for c in cells.values()):
             raise ValueError("nothing is left to train on: every document was dropped; see work/dropped and the stages' stats")
-        write_json(tmp / "cells.json", dict(sorted(cells.items())))
+        write_json(tmp / CELLS, dict(sorted(cells.items())))
         tmp.rename(self.out / "shards")
 
 

@@ -12,7 +12,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +29,6 @@ EDUCATIONAL = tuple(map(str, range(6)))  # 0: none, 5: a textbook's
 UNKNOWN = "unknown"
 BUCKETS = 1 << 16
 WINDOW = 400  # words of a document that are looked at
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The label vector that mixture weights are given to. ``key`` names it on disk."""
-
-    field: str
-    domain: str
-    language: str
-    educational_value: str
-
-    @property
-    def key(self) -> str:
-        return ".".join((self.field, self.domain, self.language, self.educational_value))
-
-    @classmethod
-    def of(cls, metadata: dict[str, Any]) -> Cell:
-        labels = metadata["labels"]
-        return cls(labels["field"], labels["domain"], metadata["language"], str(labels["educational_value"]))
-
-    @classmethod
-    def parse(cls, key: str) -> Cell:
-        return cls(*key.split("."))
 
 
 def clean(name: str, value: Any) -> str:
