@@ -316,6 +316,7 @@ def test_quality_rules_by_kind_and_language():
     assert verdict(prose(1), language="en") is True
     assert verdict(code, language="en") is not True and verdict(code, kind="code", language="zxx") == (False, "code_short")
     assert verdict(code * 4, kind="code", language="zxx") is True
+    assert verdict("2 + 2 = 4", kind="curated", language="en") is True
     assert verdict("#" * 400 + "\n" + "=" * 300, kind="code", language="zxx")[1] in ("code_few_letters", "code_long_lines")
     assert verdict(CHINESE, language="zh") is True and verdict(GERMAN, language="de") is True
     assert verdict(GERMAN, language="en")[1] == "gopher_enough_stop_words"

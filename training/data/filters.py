@@ -1,5 +1,5 @@
-"""Blocks that clean documents and drop bad ones. A document's ``kind`` is "prose" or "code": rules made for sentences
-would drop all code.
+"""Blocks that clean documents and drop bad ones. A document's ``kind`` is "prose", "code" or "curated": rules made for
+sentences would drop all code, and worked problems.
 
 Sources of the rules: Rae et al. 2021 (arXiv 2112.11446, appendix A1) for prose, as datatrove has them; Li et al. 2023 (arXiv
 2305.06161, section 3.3) for code.
@@ -72,7 +72,8 @@ def _identifier():
 
 
 class Quality(BaseFilter):
-    """Gopher's rules for prose, with its stop words for English only; length and letters for code."""
+    """Gopher's rules for prose, with its stop words for English only; length and letters for code; none for curated
+    text."""
 
     name = "quality"
 
@@ -86,7 +87,10 @@ class Quality(BaseFilter):
         self.unspaced = GopherQualityFilter(min_stop_words=None, min_avg_word_length=None, max_non_alpha_words_ratio=0.5, **common)
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        if doc.metadata.get("kind") == "code":
+        kind = doc.metadata.get("kind")
+        if kind == "curated":
+            return True
+        if kind == "code":
             return self.code(doc.text)
         language = doc.metadata["language"]
         rules = self.english if language == "en" else self.unspaced if language in UNSPACED else self.other
@@ -117,7 +121,7 @@ class Contamination(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         if self._known is None:  # not in __init__: it would be sent to every worker
             self._known = {path.stem: ngrams(path, self.n)[0] for path in self.evals}
-        found = run_hashes(doc.text, self.n)
+        found = run_hashes(doc.text, self.n) if self.evals else set()
         hits = sorted(name for name, known in self._known.items() if not known.isdisjoint(found))
         if hits:
             doc.metadata["contaminated_by"] = hits
