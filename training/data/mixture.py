@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,23 +99,27 @@ def weights(
     return weight
 
 
-def of_cells(shards: Path, share: Mapping[Cell, float], *, min_tokens: int = 0, max_tokens: int = 0, seq_len: int) -> tuple[Part, ...]:
-    """Parts of the cells' training sets that hold a row of documents of these lengths; the others' shares go to these in
-    proportion. Paths are absolute.
+def of_cells(
+    shards: Path, share: Mapping[Cell, float], *, seq_len: int, min_tokens: int = 0, max_tokens: int = 0,
+    least: float = 1e-4,
+) -> tuple[Part, ...]:
+    """Parts of the cells' training sets that hold a row of documents of these lengths and have at least the share
+    ``least``; the others' shares go to these in proportion. Paths are absolute.
 
-    Raises ValueError when no cell holds a row.
+    Raises ValueError when no cell does.
     """
     parts = []
     for cell, weight in sorted(share.items()):
-        lengths = TokenShards(shards / "train" / cell.key).lengths if weight > 0 else None
-        if lengths is not None and lengths[(lengths >= min_tokens) & (lengths <= (max_tokens or lengths.max()))].sum() >= seq_len:
-            parts.append(Part((shards / "train" / cell.key).resolve(), weight, min_tokens, max_tokens))
+        if weight >= least:
+            lengths = TokenShards(shards / "train" / cell.key).lengths
+            if lengths[(lengths >= min_tokens) & (lengths <= (max_tokens or lengths.max()))].sum() >= seq_len:
+                parts.append(Part((shards / "train" / cell.key).resolve(), weight, min_tokens, max_tokens))
     if not parts:
         raise ValueError(
             f"{shards}: no cell with a weight holds {seq_len} tokens in documents of {min_tokens} to {max_tokens or 'any'} tokens"
         )
     total = sum(p.weight for p in parts)
-    return tuple(Part(p.path, p.weight / total, p.min_tokens, p.max_tokens) for p in parts)
+    return tuple(replace(p, weight=p.weight / total) for p in parts)
 
 
 def describe(loader: Loader) -> dict[str, Any]:
