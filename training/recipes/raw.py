@@ -9,6 +9,7 @@ the classifier labels the rest. On a machine without translations or manuals the
 from __future__ import annotations
 
 import io
+import json
 import random
 import re
 import shutil
@@ -176,3 +177,21 @@ def problem(rng: random.Random, parts: int = 6) -> str:
         out.append(f"Question: {' '.join(told)} How many {thing} does {name} have now?\n"
                    f"Reasoning: {'; '.join(steps)}.\nAnswer: {total}")
     return "\n\n".join(out)
+
+
+def evaluation(file: Path, *, items: int = 60, seed: int = 0) -> None:
+    """Problems of the same kind that the data must not hold."""
+    made = [problem(random.Random(f"{seed} held out {i}"), parts=1).split("\nReasoning: ") for i in range(items)]
+    jsonl(file, [{"question": q, "answer": a} for q, a in made])
+
+
+def sample(folder: Path, every: int = 4) -> Iterator[str]:
+    """Texts for a tokenizer: one file in so many of each source that is made of records, and every text file."""
+    for file in sorted(folder.rglob("*.jsonl"))[::every]:
+        yield from (json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines())
+    for file in sorted(folder.rglob("*.parquet"))[::every]:
+        import pyarrow.parquet as pq
+
+        yield from pq.read_table(file)["text"].to_pylist()
+    for file in sorted(folder.rglob("*.txt"))[::every]:
+        yield file.read_text(encoding="utf-8")
