@@ -28,6 +28,7 @@ LABELS = ("educational_value", "field", "domain", "safety")
 EDUCATIONAL = tuple(map(str, range(6)))  # 0: none, 5: a textbook's
 UNKNOWN = "unknown"
 BUCKETS = 1 << 16
+_MISSING = -100
 WINDOW = 400  # words of a document that are looked at
 
 
@@ -49,55 +50,51 @@ def features(text: str) -> np.ndarray:
 
 
 class Classifier:
-    """One linear layer per label on the mean of a document's features."""
+    """A linear layer on the mean of a document's features, whose outputs are the values of all labels, label by label."""
 
-    def __init__(self, classes: dict[str, list[str]], weights: dict[str, torch.Tensor]):
-        self.classes, self.weights = classes, weights
+    def __init__(self, classes: dict[str, list[str]], weight: torch.Tensor):
+        self.classes, self.weight = classes, weight
 
     @classmethod
     def fit(
-        cls, documents: Sequence[tuple[str, dict[str, str]]], *, seed: int = 0, epochs: int = 15, lr: float = 0.05,
-        batch: int = 64,
+        cls, documents: Sequence[tuple[str, dict[str, str]]], *, seed: int = 0, epochs: int = 12, lr: float = 0.5, batch: int = 64
     ) -> tuple[Classifier, dict[str, dict[str, float]]]:
         """A classifier of the labels given, and per label {"documents", "accuracy" on a fifth that was held out,
         "majority": the accuracy of always saying the commonest value}. The classifier itself is fitted on all."""
         bags = [features(text) for text, _ in documents]
-        classes, weights, report = {}, {}, {}
-        for name in LABELS:
-            rows = [i for i, (_, labels) in enumerate(documents) if name in labels]
-            if not rows:
-                continue
-            values = [documents[i][1][name] for i in rows]
-            classes[name] = sorted(set(values))
-            target = torch.tensor([classes[name].index(v) for v in values])
-            own = [bags[i] for i in rows]
-            held = np.array([zlib.crc32(documents[i][0].encode()) % 5 == 0 for i in rows])
-            options = {"n": len(classes[name]), "seed": seed, "epochs": epochs, "lr": lr, "batch": batch}
-            report[name] = {"documents": len(rows)}
-            if 0 < held.sum() < len(rows):
-                trial = _fit([own[i] for i in np.flatnonzero(~held)], target[~held], **options)
-                right = _logits(trial, [own[i] for i in np.flatnonzero(held)]).argmax(-1) == target[held]
-                report[name] |= {
-                    "accuracy": right.float().mean().item(),
-                    "majority": max(Counter(target[held].tolist()).values()) / int(held.sum()),
-                }
-            weights[name] = _fit(own, target, **options)
-        return cls(classes, weights), report
+        classes = {name: sorted({labels[name] for _, labels in documents if name in labels}) for name in LABELS}
+        classes = {name: values for name, values in classes.items() if values}
+        target = torch.tensor([[values.index(labels[name]) if name in labels else _MISSING for name, values in classes.items()]
+                               for _, labels in documents])
+        options = {"sizes": [len(v) for v in classes.values()], "seed": seed, "epochs": epochs, "lr": lr, "batch": batch}
+        held = torch.tensor([zlib.crc32(text.encode()) % 5 == 0 for text, _ in documents])
+        report: dict[str, dict[str, float]] = {n: {"documents": int((target[:, i] >= 0).sum())} for i, n in enumerate(classes)}
+        if 0 < held.sum() < len(documents):
+            trial = _fit([bags[i] for i in (~held).nonzero()[:, 0]], target[~held], **options)
+            scores = _logits(trial, [bags[i] for i in held.nonzero()[:, 0]]).split(options["sizes"], 1)
+            for i, name in enumerate(classes):
+                truth = target[held][:, i]
+                if (given := truth >= 0).any():
+                    right = scores[i].argmax(-1)[given] == truth[given]
+                    commonest = max(Counter(truth[given].tolist()).values()) / int(given.sum())
+                    report[name] |= {"accuracy": right.float().mean().item(), "majority": commonest}
+        weight = _fit(bags, target, **options)
+        return cls(classes, weight), report
 
     def score(self, texts: Sequence[str]) -> list[dict[str, str]]:
-        bags = [features(t) for t in texts]
-        found = {name: _logits(w, bags).argmax(-1).tolist() for name, w in self.weights.items()}
-        return [{name: self.classes[name][best[i]] for name, best in found.items()} for i in range(len(texts))]
+        parts = _logits(self.weight, [features(t) for t in texts]).split([len(v) for v in self.classes.values()], 1)
+        best = [part.argmax(-1).tolist() for part in parts]
+        return [{name: values[best[k][i]] for k, (name, values) in enumerate(self.classes.items())} for i in range(len(texts))]
 
     def save(self, path: Path) -> None:
         tmp = path.with_name(f".{path.name}.tmp")
-        save_file(self.weights, tmp, metadata={"classes": json.dumps(self.classes)})
+        save_file({"weight": self.weight}, tmp, metadata={"classes": json.dumps(self.classes)})
         tmp.rename(path)
 
     @classmethod
     def load(cls, path: Path) -> Classifier:
         with safe_open(path, "pt") as f:
-            return cls(json.loads(f.metadata()["classes"]), {name: f.get_tensor(name) for name in f.keys()})
+            return cls(json.loads(f.metadata()["classes"]), f.get_tensor("weight"))
 
 
 def _flat(bags: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,20 +103,24 @@ def _flat(bags: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _logits(weight_BC: torch.Tensor, bags: Sequence[np.ndarray]) -> torch.Tensor:
-    return F.embedding_bag(*_flat(bags)[:1], weight_BC, _flat(bags)[1], mode="mean")
+    flat, starts = _flat(bags)
+    return F.embedding_bag(flat, weight_BC, starts, mode="mean")
 
 
-def _fit(bags: list[np.ndarray], target: torch.Tensor, *, n: int, seed: int, epochs: int, lr: float, batch: int) -> torch.Tensor:
-    """float32 [BUCKETS, n]; Adam on the cross-entropy."""
-    weight = torch.zeros(BUCKETS, n, requires_grad=True)
-    optimizer = torch.optim.SparseAdam([weight], lr=lr * 10)
+def _fit(
+    bags: list[np.ndarray], target_NL: torch.Tensor, *, sizes: list[int], seed: int, epochs: int, lr: float, batch: int
+) -> torch.Tensor:
+    """float32 [BUCKETS, sum of sizes]; Adam on the sum of the labels' cross-entropies, without those that are missing."""
+    weight = torch.zeros(BUCKETS, sum(sizes), requires_grad=True)
+    optimizer = torch.optim.SparseAdam([weight], lr=lr)
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for rows in torch.randperm(len(bags), generator=order).split(batch):
             flat, starts = _flat([bags[i] for i in rows.tolist()])
-            loss = F.cross_entropy(F.embedding_bag(flat, weight, starts, mode="mean", sparse=True), target[rows])
+            scores = F.embedding_bag(flat, weight, starts, mode="mean", sparse=True).split(sizes, 1)
+            losses = [F.cross_entropy(s, target_NL[rows, i], ignore_index=_MISSING, reduction="sum") for i, s in enumerate(scores)]
             optimizer.zero_grad()
-            loss.backward()
+            (sum(losses) / len(rows)).backward()
             optimizer.step()
     return weight.detach()
 

@@ -26,8 +26,6 @@ from . import cells as cells_module
 from .cells import Cell
 from .mixture import weights
 
-EVENNESS, SLOPE = "evenness of languages", "slope of educational value"
-
 
 @dataclass(frozen=True)
 class Point:

@@ -85,7 +85,7 @@ def mixture_search(
 
 
 SIZES = ((32, 2), (64, 3), (128, 4))  # hidden size, layers
-LENGTHS = (80_000, 160_000, 320_000)  # tokens
+LENGTHS = (40_000, 80_000, 160_000)  # tokens
 RATES = (0.75e-2, 1.5e-2, 3e-2)
 BATCHES = (512, 1024, 2048)  # tokens; others than the middle one in the middle rung alone
 
