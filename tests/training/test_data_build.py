@@ -205,14 +205,17 @@ def test_workers_do_not_change_the_result(built, raw, tmp_path):
     assert shard_bytes(tmp_path / "out") == shard_bytes(built)
 
 
-def test_more_tasks_than_files(raw, tmp_path):
-    """Tasks without a document must not shift the files of the others."""
-    folder, config = raw
-    only = [s for s in config["sources"] if s["name"] in ("a", "code")]
-    build = strict.build(Build, config | {"out": str(tmp_path / "out"), "tasks": 7, "sources": only, "evals": []})
-    builder.run(build, quiet=True)
-    found = [t for docs in texts(tmp_path / "out", folder / "tokenizer.json").values() for t in docs]
-    assert len(found) == len(set(found)) and {prose(i) for i in range(1, 20)} <= set(found) and sum("class C" in t for t in found) == 4
+def test_a_task_that_keeps_nothing_does_not_shift_the_others(raw, tmp_path):
+    """Later stages find a task's duplicates by its number. Task 1 drops all it reads; there are more tasks than files, too."""
+    jsonl(tmp_path / "in" / "0.jsonl", [{"text": prose(i)} for i in range(3)])
+    jsonl(tmp_path / "in" / "1.jsonl", [{"text": "This one is too short."}])
+    jsonl(tmp_path / "in" / "2.jsonl", [{"text": prose(i)} for i in (10, 10, 11, 12)])
+    jsonl(tmp_path / "in" / "3.jsonl", [{"text": t} for t in (prose(20), prose(21), prose(20).replace("river", "lake", 1), prose(22))])
+    source = {"name": "in", "path": str(tmp_path / "in"), "format": "jsonl"}
+    config = raw[1] | {"out": str(tmp_path / "out"), "tasks": 6, "sources": [source], "evals": [], "scorer": "none"}
+    builder.run(strict.build(Build, config), quiet=True)
+    found = [t for docs in texts(tmp_path / "out", raw[0] / "tokenizer.json").values() for t in docs]
+    assert {prose(i) for i in (0, 1, 2, 10, 11, 12, 21, 22)} <= set(found) and len(found) == 9
 
 
 def test_a_changed_build_or_input_is_refused(built, raw):
