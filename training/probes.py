@@ -81,7 +81,8 @@ def many_shot(
         losses, right, bare = [], [], []
         for trial in range(trials):
             rng = random.Random(f"{seed} {trial}")  # the same task for every number of shots
-            meaning = {"".join(rng.choices("bdfgklmnprstvz", k=2)) + str(i): str(rng.randrange(100, 1000)) for i in range(pairs)}
+            words = ["".join(rng.choices("bdfgklmnprstvz", k=2)) + str(i) for i in range(pairs)]
+            meaning = {w: str(rng.randrange(100, 1000)) for w in words}
             lines = [rng.choice(list(meaning)) for _ in range(max(shots))][:count]
             asked = rng.choice(lines) if lines else rng.choice(list(meaning))
             context = "".join(f"{w} = {meaning[w]}\n" for w in lines)

@@ -1,7 +1,8 @@
 """Scaling laws from a ladder of small runs: loss against size and tokens, and the best learning rate and batch.
 
 The Qwen3 report (section 3.2) predicts the learning rate and batch size of every model and stage so, without figures or
-formulas. Here: L(N, D) = E + A / N^a + B / D^b (Hoffmann et al. 2022, arXiv 2203.15556, approach 3), and power laws for the best rate and batch (as DeepSeek 2024, arXiv 2401.02954, section 3.1).
+formulas. Here: L(N, D) = E + A / N^a + B / D^b (Hoffmann et al. 2022, arXiv 2203.15556, approach 3), and power laws for
+the best rate and batch (as DeepSeek 2024, arXiv 2401.02954, section 3.1).
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def fit_loss(runs: Sequence[Run]) -> LossLaw:
 
     centre, width = (0.6, 0.6), 0.55  # exponents of 0.05 to 1.15 to begin with
     for _ in range(12):
-        grid = [(a, b) for a in np.linspace(-1, 1, 13) * width + centre[0] for b in np.linspace(-1, 1, 13) * width + centre[1]]
+        offsets = np.linspace(-1, 1, 13) * width
+        grid = [(centre[0] + i, centre[1] + j) for i in offsets for j in offsets]
         centre = min(grid, key=lambda ab: solve(*ab)[0])
         width /= 2.5
     error, (E, A, B) = solve(*centre)
@@ -148,7 +150,8 @@ def predict(runs: Sequence[Run], *, params: float, tokens: float) -> tuple[Plan,
         by_batch: dict[float, float] = {}
         for r in rung:
             by_batch[r.batch_tokens] = min(r.loss, by_batch.get(r.batch_tokens, math.inf))
-        size = best_of(list(by_batch), list(by_batch.values()))[0] if len(by_batch) >= 3 else min(by_batch, key=by_batch.get)
+        sizes = list(by_batch), list(by_batch.values())
+        size = best_of(*sizes)[0] if len(by_batch) >= 3 else min(by_batch, key=by_batch.get)
         batches.append((n, d, size))
     if not rates:
         raise ValueError("no rung has three learning rates; expected at least one, to find the best")

@@ -20,10 +20,11 @@ from training import strict
 from training.data import build as builder
 from training.data import labels
 from training.data.__main__ import main
-from training.data.build import Build, jsonl
+from training.data.build import Build
 from training.data.cells import Cell
 from training.data.filters import Quality, eval_texts, normalise, run_hashes
 from training.data.shards import TokenShards
+from training.files import write_jsonl
 
 WORDS = (
     "the of and to in that is with for as river mountain number proof theorem light energy history people water science "
@@ -51,7 +52,7 @@ def inputs(folder):
     """Every format, with what should be dropped. Returns the sources and the evaluation."""
     docs = [prose(i) for i in range(60)]
     near = docs[0].replace("river", "lake", 1)
-    jsonl(folder / "a" / "one.jsonl", [
+    write_jsonl(folder / "a" / "one.jsonl", [
         *({"text": t, "labels": {"field": "nature", "domain": "book", "educational_value": 4, "safety": "safe"}} for t in docs[:20]),
         {"text": docs[3]}, {"text": near}, {"text": "This one is too short."}, {"text": "again and again we went to the old school. " * 60},
         {"text": GERMAN}, {"text": CHINESE}, {"text": prose(900) + " " + "Which river runs between the seventh mountain and the old "
@@ -76,7 +77,7 @@ def inputs(folder):
     (folder / "f").mkdir()
     pdf(folder / "f" / "paper.pdf", docs[50:52])
     (folder / "f" / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
-    jsonl(folder / "eval.jsonl", [
+    write_jsonl(folder / "eval.jsonl", [
         {"question": "Which river runs between the seventh mountain and the old school under the winter light of Aberfeldy?", "answer": "The Tay"},
         {"question": "Short?", "answer": "Yes"},
     ])
@@ -217,10 +218,10 @@ def test_workers_do_not_change_the_result(built, raw, tmp_path):
 
 def test_a_task_that_keeps_nothing_does_not_shift_the_others(raw, tmp_path):
     """Later stages find a task's duplicates by its number. Task 1 drops all it reads; there are more tasks than files, too."""
-    jsonl(tmp_path / "in" / "0.jsonl", [{"text": prose(i)} for i in range(3)])
-    jsonl(tmp_path / "in" / "1.jsonl", [{"text": "This one is too short."}])
-    jsonl(tmp_path / "in" / "2.jsonl", [{"text": prose(i)} for i in (10, 10, 11, 12)])
-    jsonl(tmp_path / "in" / "3.jsonl", [{"text": t} for t in (prose(20), prose(21), prose(20).replace("river", "lake", 1), prose(22))])
+    write_jsonl(tmp_path / "in" / "0.jsonl", [{"text": prose(i)} for i in range(3)])
+    write_jsonl(tmp_path / "in" / "1.jsonl", [{"text": "This one is too short."}])
+    write_jsonl(tmp_path / "in" / "2.jsonl", [{"text": prose(i)} for i in (10, 10, 11, 12)])
+    write_jsonl(tmp_path / "in" / "3.jsonl", [{"text": t} for t in (prose(20), prose(21), prose(20).replace("river", "lake", 1), prose(22))])
     source = {"name": "in", "path": str(tmp_path / "in"), "format": "jsonl"}
     config = raw[1] | {"out": str(tmp_path / "out"), "tasks": 6, "sources": [source], "evals": [], "scorer": "none"}
     builder.run(strict.build(Build, config), quiet=True)

@@ -14,9 +14,10 @@ from qwen3_model.tokenizer import train_bpe
 from training import strict
 from training.data import build as builder
 from training.data import endpoint as endpoint_module
-from training.data.build import Build, jsonl
+from training.data.build import Build
 from training.data.endpoint import Endpoint
 from training.data.labels import Judge
+from training.files import write_jsonl
 
 
 class Stub:
@@ -121,7 +122,7 @@ def test_pages_without_text_are_read_by_a_vision_model(stub, tmp_path, base):
 
 
 def test_synthetic_text_and_judged_labels(stub, tmp_path, base):
-    jsonl(tmp_path / "seeds" / "s.jsonl", [{"text": w} for w in WORDS[8:11]])
+    write_jsonl(tmp_path / "seeds" / "s.jsonl", [{"text": w} for w in WORDS[8:11]])
 
     def answer(body):
         prompt = content(body)

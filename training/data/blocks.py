@@ -6,6 +6,7 @@ from __future__ import annotations
 import regex
 
 try:
+    import multiprocess
     import orjson  # noqa: F401  (datatrove reads and writes JSONL with it)
     import py3langid  # noqa: F401
     import pypdf  # noqa: F401
@@ -31,10 +32,11 @@ except ImportError as e:
 
 __all__ = [
     "BaseDiskReader", "BaseFilter", "Document", "DocumentsPipeline", "ExactDedupConfig", "ExactDedupFilter",
-    "ExactDedupSignature", "ExactFindDedups", "GopherQualityFilter", "GopherRepetitionFilter", "HashConfig", "JsonlReader", "JsonlWriter",
-    "LocalPipelineExecutor", "MinhashConfig", "MinhashDedupBuckets", "MinhashDedupCluster", "MinhashDedupFilter",
+    "ExactDedupSignature", "ExactFindDedups", "GopherQualityFilter", "GopherRepetitionFilter", "HashConfig",
+    "JsonlReader", "JsonlWriter", "LocalPipelineExecutor", "MinhashConfig", "MinhashDedupBuckets", "MinhashDedupCluster",
+    "MinhashDedupFilter",
     "MinhashDedupSignature", "ParquetReader", "PipelineStep", "RayPipelineExecutor", "SlurmPipelineExecutor", "WORDS",
-    "Words", "words",
+    "Words", "multiprocess", "words",
 ]
 
 # Scripts that put no spaces between words: there a character counts as a word.

@@ -21,14 +21,13 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import multiprocess
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -36,11 +35,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qwen3_model.tokenizer import Tokenizer
 
 from ..environment import file_sha256
+from ..files import write_json
 from . import card, readers, shards
 from .blocks import (
     WORDS, Document, DocumentsPipeline, ExactDedupConfig, ExactDedupFilter, ExactDedupSignature, ExactFindDedups, HashConfig,
-    JsonlReader, JsonlWriter, LocalPipelineExecutor, MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature, PipelineStep,
-    RayPipelineExecutor, SlurmPipelineExecutor, words,
+    JsonlReader, JsonlWriter, LocalPipelineExecutor, MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster,
+    MinhashDedupFilter, MinhashDedupSignature, PipelineStep, RayPipelineExecutor, SlurmPipelineExecutor, multiprocess, words,
 )
 from .cells import FILE as CELLS
 from .cells import Cell
@@ -324,7 +324,8 @@ def run(build: Build, *, quiet: bool = False) -> Path:
         for stage, log in zip(stages(build), logs):
             bar = progress.add_task(stage.name, total=stage.tasks)
             with watched(lambda: progress.update(bar, completed=count(log))), quieted(build.out / "work" / "log.txt"):
-                executor(stage.pipeline, tasks=stage.tasks, workers=min(build.workers, stage.tasks), logging_dir=str(log)).run()
+                workers = min(build.workers, stage.tasks)
+                executor(stage.pipeline, tasks=stage.tasks, workers=workers, logging_dir=str(log)).run()
             if not console.is_terminal:
                 console.print(f"{stage.name}: {stage.tasks} tasks done", markup=False)
     console.print(f"card: {build.out / 'card.html'}", markup=False)
@@ -388,16 +389,3 @@ def quieted(file: Path) -> Iterator[None]:
             os.dup2(saved, 2)
             os.close(saved)
 
-
-def write_json(file: Path, value: Any) -> None:
-    tmp = file.with_name(f".{file.name}.tmp")
-    tmp.write_text(json.dumps(value, indent=1))
-    tmp.rename(file)
-
-
-def jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """A JSONL file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    tmp.rename(path)

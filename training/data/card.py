@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import report
+from ..files import write_json
 from .filters import ngrams
 
 STEPS = {  # stage, block -> what the card calls it
@@ -17,6 +18,7 @@ STEPS = {  # stage, block -> what the card calls it
     ("kept", "MinHash"): "nearly equal to another", ("kept", "contamination"): "overlaps an evaluation",
     ("tokens", "label"): "unsafe",
 }
+COUNTED, SCORES = ("source_", "contaminated_", "pages_", "unreadable"), ("_given", "_scored", "_unknown")
 
 
 def stats(out: Path) -> dict[str, list[dict[str, Any]]]:
@@ -52,8 +54,7 @@ def summary(out: Path, build: dict[str, Any]) -> dict[str, Any]:
     blocks = [b for stage in found.values() for b in stage]
     total = Counter()
     for b in blocks:
-        total.update({k: v for k, v in b["stats"].items() if k.startswith(("source_", "contaminated_", "pages_", "unreadable"))
-                      or k.endswith(("_given", "_scored", "_unknown"))})
+        total.update({k: v for k, v in b["stats"].items() if k.startswith(COUNTED) or k.endswith(SCORES)})
     evals = {}
     for path in map(Path, build["evals"]):
         known, items, short = ngrams(path, build["eval_words"])
@@ -64,8 +65,9 @@ def summary(out: Path, build: dict[str, Any]) -> dict[str, Any]:
         "steps": steps, "reasons": reasons, "tokens by": {k: dict(v.most_common()) for k, v in by.items()},
         "totals": {part: {unit: sum(c.get(part, {}).get(unit, 0) for c in cells.values())
                           for unit in ("documents", "bytes", "tokens")} for part in ("train", "held_out")},
-        "cells": len(cells), "sources": {k.removeprefix("source_"): int(v) for k, v in sorted(total.items()) if k.startswith("source_")},
-        "labels": {k: int(v) for k, v in sorted(total.items()) if k.endswith(("_given", "_scored", "_unknown"))},
+        "cells": len(cells),
+        "sources": {k.removeprefix("source_"): int(v) for k, v in sorted(total.items()) if k.startswith("source_")},
+        "labels": {k: int(v) for k, v in sorted(total.items()) if k.endswith(SCORES)},
         "models": {k: int(v) for k, v in total.items() if k.startswith(("pages_", "unreadable"))},
         "classifier": json.loads(classifier.read_text()) if classifier.exists() else {}, "evals": evals,
     }
@@ -79,11 +81,12 @@ def write(out: Path, build: dict[str, Any]) -> None:
     sections = [
         ("What was dropped, in this order", report.table(
             ("step", "documents in", "dropped", "share of those in"),
-            [(x["step"], f"{x['in']:,}", f"{x['dropped']:,}", f"{100 * x['dropped'] / max(x['in'], 1):.2f} %") for x in s["steps"]])
+            [(x["step"], f"{x['in']:,}", f"{x['dropped']:,}", f"{100 * x['dropped'] / max(x['in'], 1):.2f} %")
+             for x in s["steps"]])
          + report.table(("step", "why", "documents", "such as"), [
              (step, why, f"{n:,}", example(out, why)) for step, whys in s["reasons"].items() for why, n in whys.items()])),
         ("What is left", report.table(("", "documents", "bytes", "tokens"), [
-            (part, *(f"{s['totals'][part][u]:,}" for u in ("documents", "bytes", "tokens"))) for part in ("train", "held_out")])),
+            (part, *(f"{n:,}" for n in sizes.values())) for part, sizes in s["totals"].items()])),
     ]
     train = max(s["totals"]["train"]["tokens"], 1)
     sections += [
@@ -92,24 +95,25 @@ def write(out: Path, build: dict[str, Any]) -> None:
         for name, counts in s["tokens by"].items()
     ]
     sections += [
-        ("Tokens by source, held-out ones included", report.table(("source", "tokens"), [(k, f"{v:,}") for k, v in s["sources"].items()])),
+        ("Tokens by source, held-out ones included", report.table(
+            ("source", "tokens"), [(k, f"{v:,}") for k, v in s["sources"].items()])),
         ("Labels", report.table(("label", "documents"), [(k.replace("_", " "), f"{v:,}") for k, v in s["labels"].items()])
          + (report.table(("classifier", "fitted on", "accuracy on a held-out fifth", "always the commonest"), [
              (k, f"{v['documents']:,}", f"{v['accuracy']:.3f}" if "accuracy" in v else "-",
-              f"{v['majority']:.3f}" if "majority" in v else "-") for k, v in s["classifier"].items()]) if s["classifier"] else "")),
+              f"{v['majority']:.3f}" if "majority" in v else "-") for k, v in s["classifier"].items()])
+            if s["classifier"] else "")),
         ("Overlap with evaluations", report.table(
             ("evaluation", "items", "too short to check", f"runs of {build['eval_words']} words", "documents that overlap"),
             [(k, *(f"{n:,}" for n in v.values())) for k, v in s["evals"].items()])
          + ("<p>Documents that overlap were dropped.</p>" if build["drop_contaminated"] else "<p>They were kept.</p>")
          if s["evals"] else "<p>No evaluation was given, so nothing was checked.</p>"),
-        ("Read by models, or not readable", report.table(("", "count"), list(s["models"].items())) if s["models"] else "<p>None.</p>"),
+        ("Read by models, or not readable",
+         report.table(("", "count"), list(s["models"].items())) if s["models"] else "<p>None.</p>"),
         ("Settings", "<pre>" + escape(json.dumps(build, indent=1, default=str)) + "</pre>"),
     ]
-    lead = (f"{first:,} documents in, {kept:,} kept; {s['totals']['train']['tokens']:,} tokens to train on in {s['cells']} cells "
-            f"of field, domain, language and educational value")
-    tmp = out / ".card.json.tmp"
-    tmp.write_text(json.dumps(s, indent=1))
-    tmp.rename(out / "card.json")
+    lead = (f"{first:,} documents in, {kept:,} kept; {s['totals']['train']['tokens']:,} tokens to train on in {s['cells']} "
+            f"cells of field, domain, language and educational value")
+    write_json(out / "card.json", s)
     report.write(out / "card.html", report.page("Data card", lead, sections))
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json
+
 TRANSCRIBE = (
     "Write down all text of this page in reading order as Markdown, formulas in LaTeX. Leave out page numbers and running "
     "heads. Answer with the text only."
@@ -68,10 +70,7 @@ class Endpoint:
             return json.loads(kept.read_text())
         answer = self._ask(raw)
         if kept:
-            cache.mkdir(parents=True, exist_ok=True)
-            tmp = kept.with_suffix(f".{os.getpid()}.tmp")
-            tmp.write_text(json.dumps(answer))
-            tmp.rename(kept)
+            write_json(kept, answer)
         return answer
 
     def read_page(self, png: bytes, cache: Path | None = None) -> str:

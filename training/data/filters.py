@@ -14,7 +14,9 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from .blocks import WORDS, BaseFilter, Document, DocumentsPipeline, GopherQualityFilter, GopherRepetitionFilter, PipelineStep, words
+from .blocks import (
+    WORDS, BaseFilter, Document, DocumentsPipeline, GopherQualityFilter, GopherRepetitionFilter, PipelineStep, words,
+)
 
 NO_LANGUAGE = "zxx"  # ISO 639: no linguistic content; here the language of code
 UNSPACED = frozenset({"zh", "yue", "wuu", "ja", "th", "lo", "km", "my", "dz"})  # words are single characters there
@@ -84,7 +86,9 @@ class Quality(BaseFilter):
         common = {"min_doc_words": min_words, "max_doc_words": max_words, "language": WORDS}
         self.english = GopherQualityFilter(**common)
         self.other = GopherQualityFilter(min_stop_words=None, **common)
-        self.unspaced = GopherQualityFilter(min_stop_words=None, min_avg_word_length=None, max_non_alpha_words_ratio=0.5, **common)
+        self.unspaced = GopherQualityFilter(
+            min_stop_words=None, min_avg_word_length=None, max_non_alpha_words_ratio=0.5, **common
+        )
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         kind = doc.metadata.get("kind")

@@ -57,7 +57,8 @@ class Classifier:
 
     @classmethod
     def fit(
-        cls, documents: Sequence[tuple[str, dict[str, str]]], *, seed: int = 0, epochs: int = 12, lr: float = 0.5, batch: int = 64
+        cls, documents: Sequence[tuple[str, dict[str, str]]], *, seed: int = 0, epochs: int = 12, lr: float = 0.5,
+        batch: int = 64,
     ) -> tuple[Classifier, dict[str, dict[str, float]]]:
         """A classifier of the labels given, and per label {"documents", "accuracy" on a fifth that was held out,
         "majority": the accuracy of always saying the commonest value}. The classifier itself is fitted on all."""
@@ -68,7 +69,9 @@ class Classifier:
                                for _, labels in documents])
         options = {"sizes": [len(v) for v in classes.values()], "seed": seed, "epochs": epochs, "lr": lr, "batch": batch}
         held = torch.tensor([zlib.crc32(text.encode()) % 5 == 0 for text, _ in documents])
-        report: dict[str, dict[str, float]] = {n: {"documents": int((target[:, i] >= 0).sum())} for i, n in enumerate(classes)}
+        report: dict[str, dict[str, float]] = {
+            name: {"documents": int((target[:, i] >= 0).sum())} for i, name in enumerate(classes)
+        }
         if 0 < held.sum() < len(documents):
             trial = _fit([bags[i] for i in (~held).nonzero()[:, 0]], target[~held], **options)
             scores = _logits(trial, [bags[i] for i in held.nonzero()[:, 0]]).split(options["sizes"], 1)
@@ -118,7 +121,9 @@ def _fit(
         for rows in torch.randperm(len(bags), generator=order).split(batch):
             flat, starts = _flat([bags[i] for i in rows.tolist()])
             scores = F.embedding_bag(flat, weight, starts, mode="mean", sparse=True).split(sizes, 1)
-            losses = [F.cross_entropy(s, target_NL[rows, i], ignore_index=_MISSING, reduction="sum") for i, s in enumerate(scores)]
+            losses = [
+                F.cross_entropy(s, target_NL[rows, i], ignore_index=_MISSING, reduction="sum") for i, s in enumerate(scores)
+            ]
             optimizer.zero_grad()
             (sum(losses) / len(rows)).backward()
             optimizer.step()

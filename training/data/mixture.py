@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import strict
+from ..files import write_json
 from . import cells as cells_module
 from .cells import Cell
 from .packing import Loader, MixtureLoader, PackedLoader
@@ -36,10 +37,7 @@ class Mixture:
     parts: tuple[Part, ...]
 
     def write(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tmp = file.with_name(f".{file.name}.tmp")
-        tmp.write_text(json.dumps(asdict(self), indent=1, default=str))
-        tmp.rename(file)
+        write_json(file, asdict(self))
 
 
 def open_loader(data: Path, *, seq_len: int, rows: int, seed: int) -> Loader:
@@ -116,7 +114,8 @@ def of_cells(
                 parts.append(Part((shards / "train" / cell.key).resolve(), weight, min_tokens, max_tokens))
     if not parts:
         raise ValueError(
-            f"{shards}: no cell with a weight holds {seq_len} tokens in documents of {min_tokens} to {max_tokens or 'any'} tokens"
+            f"{shards}: no cell with a weight holds {seq_len} tokens in documents of {min_tokens} to {max_tokens or 'any'} "
+            "tokens"
         )
     total = sum(p.weight for p in parts)
     return tuple(replace(p, weight=p.weight / total) for p in parts)
@@ -126,7 +125,8 @@ def describe(loader: Loader) -> dict[str, Any]:
     """For a run's record: the index of a data set, or those of a mixture's with their shares."""
     if isinstance(loader, MixtureLoader):
         return {"mixture": [
-            {"name": p.data.path.name, "share": float(s), "n_tokens": p.n_tokens, "tokenizer_sha256": p.data.index.tokenizer_sha256}
+            {"name": p.data.path.name, "share": float(s), "n_tokens": p.n_tokens,
+             "tokenizer_sha256": p.data.index.tokenizer_sha256}
             for p, s in zip(loader.parts, loader.share)
         ]}
     return json.loads(json.dumps(asdict(loader.data.index)))

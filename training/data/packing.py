@@ -87,7 +87,8 @@ class PackedLoader(Loader):
         self.data, self.documents = data, np.flatnonzero(fits)
         self.n_tokens = int(data.lengths[self.documents].sum())
         if self.n_tokens < seq_len:
-            bounds = f" in documents of {min_tokens} to {max_tokens or 'any number of'} tokens" if min_tokens or max_tokens else ""
+            bounds = f" in documents of {min_tokens} to {max_tokens or 'any number of'} tokens"
+            bounds = bounds if min_tokens or max_tokens else ""
             raise ValueError(f"seq_len is {seq_len}, but {data.path} has only {self.n_tokens} tokens{bounds}")
         self.rows_per_epoch = self.n_tokens // seq_len
         self._epoch = lru_cache(maxsize=2)(self._order)  # a step may straddle two epochs

@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from ..files import write_json
 from . import cells as cells_module
 from .cells import Cell
 from .mixture import weights
@@ -52,7 +53,8 @@ class Point:
 def draw(cells: Mapping[Cell, int], rng: np.random.Generator, spread: float) -> Point:
     domains = sorted({c.domain for c in cells})
     logs = rng.normal(0, spread, len(domains))
-    return Point(dict(zip(domains, (logs - logs.mean()).tolist())), float(rng.normal(0, spread / 3)), float(rng.uniform(0, 0.5)))
+    slope, evenness = float(rng.normal(0, spread / 3)), float(rng.uniform(0, 0.5))
+    return Point(dict(zip(domains, (logs - logs.mean()).tolist())), slope, evenness)
 
 
 def features(share: Mapping[Cell, float]) -> dict[str, float]:
@@ -140,34 +142,36 @@ def search(
         float(np.mean([p.slope for p in first])), float(np.mean([p.evenness for p in first])),
     )
     chosen = weights(cells, best.factors(cells), **bounds)
+    both = {"best": chosen, "natural": natural}
     check = {
         name: [_kept(out, f"{name}-{s}", share, seed + 1 + s, train_proxy) for s in range(checks)]
-        for name, share in (("best", chosen), ("natural", natural))
+        for name, share in both.items()
     }
     score = {n: [float(np.array([m[t] for t in names]) @ weight) for m in runs_] for n, runs_ in check.items()}
     result = {
         "factors": best.factors(cells), "point": asdict(best), "targets": targets,
-        "predicted": {n: float((model([features(s)]) @ weight)[0]) for n, s in (("best", chosen), ("natural", natural))},
+        "predicted": {n: float((model([features(s)]) @ weight)[0]) for n, s in both.items()},
         "measured": score, "measured by target": {n: {t: [m[t] for m in r] for t in names} for n, r in check.items()},
-        "proxies": [{"features": features(s), "mean": float(x @ weight), "losses": dict(zip(names, x.tolist()))} for s, x in zip(shares, losses)],
-        "regression": {t: {"leave-one-out error": float(e), "spread": float(s)} for t, e, s in zip(names, model.error, model.spread)},
-        "shares": {n: {c.key: w for c, w in s.items()} for n, s in (("best", chosen), ("natural", natural))},
+        "proxies": [
+            {"features": features(s), "mean": float(x @ weight), "losses": dict(zip(names, x.tolist()))}
+            for s, x in zip(shares, losses)
+        ],
+        "regression": {
+            t: {"leave-one-out error": float(e), "spread": float(s)} for t, e, s in zip(names, model.error, model.spread)
+        },
+        "shares": {n: {c.key: w for c, w in s.items()} for n, s in both.items()},
     }
-    tmp = out / ".search.json.tmp"
-    tmp.write_text(json.dumps(result, indent=1))
-    tmp.rename(out / "search.json")
+    write_json(out / "search.json", result)
     return result
 
 
-def _kept(out: Path, name: str, share: Mapping[Cell, float], seed: int, train_proxy: Callable[..., dict[str, float]]) -> dict[str, float]:
+def _kept(
+    out: Path, name: str, share: Mapping[Cell, float], seed: int, train_proxy: Callable[..., dict[str, float]]
+) -> dict[str, float]:
     """A proxy's losses, from disk where it has been trained before."""
     file = out / f"{name}.json"
     if not file.exists():
-        losses = train_proxy(name, share, seed)
-        out.mkdir(parents=True, exist_ok=True)
-        tmp = file.with_name(f".{file.name}.tmp")
-        tmp.write_text(json.dumps(losses))
-        tmp.rename(file)
+        write_json(file, train_proxy(name, share, seed))
     return json.loads(file.read_text())
 
 

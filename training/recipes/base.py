@@ -24,6 +24,8 @@ from qwen3_model.tokenizer import Tokenizer, train_bpe
 
 from .. import environment, report, strict
 from ..config import DTYPES, Config, to_json
+from ..data.mixture import open_loader
+from ..files import write_json
 from ..log import read_metrics
 from ..pretrain import next_token_loss, set_up, train_step
 from . import raw, stage1, stage2, stage3, stages
@@ -52,7 +54,8 @@ class Base:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.minutes > 0 or min(self.tokens, self.seed, self.code_mb, self.language_kb, self.problems) < 0 or self.workers < 1:
+        amounts = self.tokens, self.seed, self.code_mb, self.language_kb, self.problems
+        if not self.minutes > 0 or min(amounts) < 0 or self.workers < 1:
             raise ValueError(f"{self}: expected minutes above 0, at least one worker and no negative numbers")
         if self.scale not in SCALES:
             raise ValueError(f"scale is {self.scale!r}; expected one of {tuple(SCALES)}")
@@ -138,7 +141,7 @@ def plan(base: Base, scale: Scale, out: Path, device: str, console: Console) -> 
         model_config = scale.model(tokenizer.vocab_size, tokenizer.token_id("<|endoftext|>"))
         model_config = dataclasses.replace(model_config, max_position_embeddings=s.seq_len)
         model, optimizer = set_up(config, model_config, None)
-        loader = stages.open_loader(config.data, seq_len=config.seq_len, rows=config.rows, seed=base.seed)
+        loader = open_loader(config.data, seq_len=config.seq_len, rows=config.rows, seed=base.seed)
         loss_fn = stages.moe_loss if model_config.num_experts else next_token_loss
         times = []
         for step in range(6):
@@ -148,7 +151,7 @@ def plan(base: Base, scale: Scale, out: Path, device: str, console: Console) -> 
             times.append(time.perf_counter() - start)
         seconds = statistics.median(times[2:])
         found.append(max(20 * s.batch_tokens, round(0.75 * share * base.minutes * 60 / seconds) * s.batch_tokens))
-        console.print(f"{s.name}: {s.batch_tokens / seconds:,.0f} tokens/s in rows of {s.seq_len:,}; {found[-1]:,} tokens", markup=False)
+        console.print(f"{s.name}: {s.batch_tokens / seconds:,.0f} tokens/s in rows of {s.seq_len:,}; {found[-1]:,} tokens")
     shutil.rmtree(out / "speed")
     return tuple(float(n) for n in found)
 
@@ -210,6 +213,7 @@ def render(out: Path, results: dict[str, Any]) -> str:
     probes = found["s3"]["probes"]
     pairs = list(zip(probes["before"]["needle"], probes["s3"]["needle"]))
     shots = list(zip(probes["before"]["many-shot"], probes["s3"]["many-shot"]))
+    skipped = [sum(x["kind"] == "skipped" for x in read_metrics(out / n / "train")) for n in found]
     domains = sorted({d for r in found.values() for d in r["mixture"]["domains"]})
     sections = [
         ("Loss, nats per token", report.chart(losses | {"held out": held}, x="million tokens", y="nats per token")
@@ -221,8 +225,9 @@ def render(out: Path, results: dict[str, Any]) -> str:
             ("RoPE base", *(f"{r['stage']['rope_theta']:,.0f}" for r in found.values())),
             ("learning rate, peak", *(f"{r['stage']['lr']:.2e}" for r in found.values())),
             ("at the end, share of the peak", *(f"{r['stage']['lr_end']:.2f}" for r in found.values())),
-            *((f"share of {d}", *(f"{100 * r['mixture']['domains'].get(d, 0):.1f} %" for r in found.values())) for d in domains),
-            ("steps skipped by the guard", *(str(sum(x["kind"] == "skipped" for x in read_metrics(out / n / "train"))) for n in found)),
+            *((f"share of {d}", *(f"{100 * r['mixture']['domains'].get(d, 0):.1f} %" for r in found.values()))
+              for d in domains),
+            ("steps skipped by the guard", *map(str, skipped)),
         ])),
         ("Held-out loss by domain", by_stage(["loss", *groups["domain"]])),
         ("Held-out loss by language", by_stage(groups["language"]) + "<p>zxx: code; und: not sure which.</p>"),
@@ -232,10 +237,12 @@ def render(out: Path, results: dict[str, Any]) -> str:
               f"{100 * b['accuracy']:.0f} %") for a, b in pairs])
          + "<p>A number of five digits is said once and asked at the end. Saved: how much less its digits cost than with "
          "another number in that place. 0 is a model that does not look.</p>"),
-        ("Many shots", report.table(("shots", "saved after S2, nats per token", "saved after S3", "right after S2", "right after S3"), [
-            (b["shots"], f"{a['gain']:+.3f}", f"{b['gain']:+.3f}", f"{100 * a['accuracy']:.0f} %", f"{100 * b['accuracy']:.0f} %")
-            for a, b in shots])),
-        ("Data", report.table(("step", "documents in", "dropped"), [(s["step"], f"{s['in']:,}", f"{s['dropped']:,}") for s in card["steps"]])
+        ("Many shots", report.table(
+            ("shots", "saved after S2, nats per token", "saved after S3", "right after S2", "right after S3"), [(
+             b["shots"], f"{a['gain']:+.3f}", f"{b['gain']:+.3f}", f"{100 * a['accuracy']:.0f} %", f"{100 * b['accuracy']:.0f} %")
+             for a, b in shots])),
+        ("Data", report.table(("step", "documents in", "dropped"), [
+            (s["step"], f"{s['in']:,}", f"{s['dropped']:,}") for s in card["steps"]])
          + report.table(("source", "tokens"), [(k, f"{v:,}") for k, v in card["sources"].items()])
          + f"<p>{card['cells']} label vectors; languages: {len(card['tokens by']['language'])}. More is in the data card "
          f"({report.escape(str(out / 'data' / 'card.html'))}).</p>"),
@@ -246,12 +253,6 @@ def render(out: Path, results: dict[str, Any]) -> str:
     lead = (f"{found['s1']['parameters']:,} parameters, {total:,} tokens in three stages; held-out loss "
             + ", ".join(f"{r['held_out']['loss']:.3f} after {n.upper()}" for n, r in found.items()))
     return report.page("A small Qwen3 base model, from raw files", lead, sections)
-
-
-def write_json(file: Path, value: Any) -> None:
-    tmp = file.with_name(f".{file.name}.tmp")
-    tmp.write_text(json.dumps(value, indent=1))
-    tmp.rename(file)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -29,6 +29,7 @@ from ..data.cells import Cell
 from ..data.mixture import Mixture, of_cells, open_loader, weights
 from ..data.search import search, shares_by
 from ..evaluation import HeldOut
+from ..files import write_json
 from ..optim import Optimizer, lr_scale
 from ..pretrain import next_token_loss, train_step
 
@@ -70,7 +71,8 @@ def mixture_search(
     def train_proxy(name: str, share: Mapping[Cell, float], run_seed: int) -> dict[str, float]:
         file = out / f"{name}.mixture.json"
         Mixture(of_cells(shards, share, seq_len=seq_len, least=5e-4)).write(file)
-        return held(train_small(config, file, tokens=tokens, batch_tokens=batch_tokens, seq_len=seq_len, lr=lr, seed=run_seed))
+        options = {"tokens": tokens, "batch_tokens": batch_tokens, "seq_len": seq_len, "lr": lr, "seed": run_seed}
+        return held(train_small(config, file, **options))
 
     result = search(cells, train_proxy, runs=runs, out=out, total_tokens=run_tokens, seed=seed, quiet=quiet)
     console = Console(quiet=quiet, highlight=False, soft_wrap=True)
@@ -80,7 +82,8 @@ def mixture_search(
         table.add_row(domain, *(f"{100 * b[domain]:.1f} %" for b in by))
     console.print(table)
     for n in ("natural", "best"):
-        console.print(f"{n}: predicted {result['predicted'][n]:.4f}, measured {', '.join(f'{x:.4f}' for x in result['measured'][n])}")
+        measured = ", ".join(f"{x:.4f}" for x in result["measured"][n])
+        console.print(f"{n}: predicted {result['predicted'][n]:.4f}, measured {measured}")
     return result
 
 
@@ -96,7 +99,6 @@ def ladder(
 ) -> list[scaling.Run]:
     """Trains a model per size, length and rate on the natural mixture. Each rung's size is that without embeddings."""
     vocabulary = Tokenizer.from_file(tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
     mixture = out / "mixture.json"
     Mixture(of_cells(shards, weights(cells_module.read(shards)), seq_len=seq_len)).write(mixture)
     held = HeldOut(shards, seq_len=seq_len, rows=16, max_tokens=2048)
@@ -110,9 +112,7 @@ def ladder(
             config = small(vocabulary, hidden=hidden, layers=layers, seq_len=seq_len)
             model = train_small(config, mixture, tokens=tokens, batch_tokens=batch, seq_len=seq_len, lr=lr, seed=seed)
             run = scaling.Run(config.num_params(embeddings=False), tokens, held(model)["loss"], lr, batch)
-            tmp = file.with_suffix(".tmp")
-            tmp.write_text(json.dumps(asdict(run)))
-            tmp.rename(file)
+            write_json(file, asdict(run))
         runs.append(scaling.Run(**json.loads(file.read_text())))
     return runs
 
@@ -121,17 +121,28 @@ def report_ladder(runs: Sequence[scaling.Run], console: Console, *, params: floa
     """Prints and returns the law of all rungs, that of all but the largest size with its error there, and a prediction."""
     plan, law, rate = scaling.predict(runs, params=params, tokens=tokens)
     largest = max(r.params for r in runs)
-    result: dict[str, Any] = {"law": asdict(law), "lr": asdict(rate), "prediction": asdict(plan) | {"params": params, "tokens": tokens}}
-    console.print(f"L = {law.E:.3f} + {law.A:.3g} / N^{law.a:.3f} + {law.B:.3g} / D^{law.b:.3f}, off by {100 * law.error:.2f} % rms")
-    console.print(f"lr = {rate.c:.3g} N^{rate.n:.3f} D^{rate.d:.3f}; the best rate lay inside those tried in {100 * plan.inside:.0f} %")
+    result: dict[str, Any] = {
+        "law": asdict(law), "lr": asdict(rate), "prediction": asdict(plan) | {"params": params, "tokens": tokens},
+    }
+    console.print(f"L = {law.E:.3f} + {law.A:.3g} / N^{law.a:.3f} + {law.B:.3g} / D^{law.b:.3f}; "
+                  f"off by {100 * law.error:.2f} % rms")
+    console.print(f"lr = {rate.c:.3g} N^{rate.n:.3f} D^{rate.d:.3f}; in {100 * plan.inside:.0f} % of the rungs the best rate lay "
+                  "inside those tried")
     rest = [r for r in runs if r.params < largest]
     if len({(r.params, r.tokens) for r in rest}) >= 6:
         short = scaling.fit_loss(rest)
-        real = {d: min(r.loss for r in runs if (r.params, r.tokens) == (largest, d)) for d in {r.tokens for r in runs if r.params == largest}}
-        result["held back"] = [{"params": largest, "tokens": d, "measured": x, "predicted": short(largest, d)} for d, x in sorted(real.items())]
+        real: dict[float, float] = {}
+        for r in runs:
+            if r.params == largest:
+                real[r.tokens] = min(r.loss, real.get(r.tokens, r.loss))
+        result["held back"] = [
+            {"params": largest, "tokens": d, "measured": x, "predicted": short(largest, d)} for d, x in sorted(real.items())
+        ]
         for row in result["held back"]:
-            console.print(f"held back: N {largest:,.0f} D {row['tokens']:,.0f}: predicted {row['predicted']:.4f}, measured {row['measured']:.4f}")
-    console.print(f"for N {params:,.0f}, D {tokens:,.0f}: loss {plan.loss:.3f}, lr {plan.lr:.3g}, batch {plan.batch_tokens:,.0f} tokens")
+            console.print(f"held back: N {largest:,.0f}, D {row['tokens']:,.0f}: predicted {row['predicted']:.4f}, measured "
+                          f"{row['measured']:.4f}")
+    console.print(f"for N {params:,.0f}, D {tokens:,.0f}: loss {plan.loss:.3f}, lr {plan.lr:.3g}, batch "
+                  f"{plan.batch_tokens:,.0f} tokens")
     return result
 
 
@@ -149,9 +160,7 @@ def main(args: Sequence[str] | None = None) -> None:
     def ladder_(shards: Path, tokenizer: Path, out: Path, params: float = 1e6, tokens: float = 2e6, seed: int = 0) -> None:
         """The ladder, and what it predicts for a model of ``params`` (without embeddings) and ``tokens``."""
         result = report_ladder(ladder(shards, tokenizer, out, seed=seed), Console(highlight=False), params=params, tokens=tokens)
-        tmp = out / ".ladder.json.tmp"
-        tmp.write_text(json.dumps(result, indent=1))
-        tmp.rename(out / "ladder.json")
+        write_json(out / "ladder.json", result)
 
     commands: dict[str, Callable[..., None]] = {"search": search_, "ladder": ladder_}
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import corpus
-from ..data.build import jsonl
+from ..files import write_jsonl
 
 PACKAGES = ("numpy", "rich", "jinja2", "networkx", "mpmath", "sympy")
 MATHEMATICS = frozenset({"sympy", "mpmath", "networkx"})
@@ -32,8 +32,8 @@ def gather(folder: Path, *, code_bytes: int, language_bytes: int, problems: int,
     """Writes the raw files and returns the sources of a ``data.build.Build`` as JSON would give them.
 
     Args:
-        code_bytes: of Python sources, a third of them of mathematics. language_bytes: of translations, per language. problems: documents of
-            worked problems.
+        code_bytes: of Python sources, a third of them of mathematics. language_bytes: of translations, per language.
+        problems: documents of worked problems.
     """
     shutil.rmtree(folder, ignore_errors=True)
     docs = list(corpus.documents(packages=PACKAGES))
@@ -130,7 +130,7 @@ def messages(file: Path) -> Iterator[tuple[str, str]]:
 
 def in_parts(folder: Path, records: list[dict[str, Any]], parts: int = PARTS) -> None:
     for i in range(min(parts, len(records))):
-        jsonl(folder / f"{i:02d}.jsonl", records[i::parts])
+        write_jsonl(folder / f"{i:02d}.jsonl", records[i::parts])
 
 
 def parquet(folder: Path, rows: list[dict[str, Any]], parts: int = PARTS) -> None:
@@ -146,8 +146,8 @@ def copy_manuals(folder: Path, max_files: int = 40, max_bytes: int = 2_000_000) 
     """The formats of which there are any."""
     found = []
     for kind in ("html", "pdf"):
-        files = sorted(p for p in MANUALS.glob(f"*/*.{kind}") if p.is_file() and p.stat().st_size <= max_bytes)[:max_files]
-        for i, file in enumerate(files):
+        files = sorted(p for p in MANUALS.glob(f"*/*.{kind}") if p.is_file() and p.stat().st_size <= max_bytes)
+        for i, file in enumerate(files[:max_files]):
             (folder / kind).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / kind / f"{i:03d}-{file.stem}.{kind}")
         found += [kind] if files else []
@@ -182,7 +182,7 @@ def problem(rng: random.Random, parts: int = 6) -> str:
 def evaluation(file: Path, *, items: int = 60, seed: int = 0) -> None:
     """Problems of the same kind that the data must not hold."""
     made = [problem(random.Random(f"{seed} held out {i}"), parts=1).split("\nReasoning: ") for i in range(items)]
-    jsonl(file, [{"question": q, "answer": a} for q, a in made])
+    write_jsonl(file, [{"question": q, "answer": a} for q, a in made])
 
 
 def sample(folder: Path, every: int = 4) -> Iterator[str]:

@@ -28,10 +28,11 @@ from qwen3_model.tokenizer import Tokenizer
 from .. import probes
 from ..config import Config
 from ..data import cells as cells_module
-from ..data.mixture import Mixture, of_cells, open_loader, weights
+from ..data.mixture import Mixture, of_cells, weights
 from ..data.packing import IGNORE, Batch
 from ..data.shards import TokenShards
 from ..evaluation import HeldOut
+from ..files import write_json
 from ..pretrain import LossFn, train
 from .demo import export
 
@@ -138,7 +139,8 @@ def mixture(stage: Stage, paths: Paths, max_epochs: float) -> tuple[Mixture, dic
     cells = cells_module.read(paths.shards)
     found = json.loads(paths.factors.read_text())["factors"] if paths.factors else {}
     known = {f"{name}={getattr(c, name)}" for c in cells for name in cells_module.LABELS}
-    factors = {k: found.get(k, 1.0) * stage.factors.get(k, 1.0) for k in found.keys() | stage.factors.keys() if k in known}
+    names = found.keys() | stage.factors.keys()
+    factors = {k: found.get(k, 1.0) * stage.factors.get(k, 1.0) for k in names & known}
     # A long context has few documents: their passes are bounded by the run as a whole, not by cell.
     bound = 0 if stage.long_share else min(stage.tokens, max_epochs * sum(cells.values()))
     share = weights(cells, factors, total_tokens=bound, max_epochs=max_epochs)
@@ -154,7 +156,8 @@ def mixture(stage: Stage, paths: Paths, max_epochs: float) -> tuple[Mixture, dic
     for p in parts:
         domain = cells_module.Cell.parse(p.path.name).domain
         domains[domain] = domains.get(domain, 0.0) + p.weight
-    return Mixture(parts), {"domains": domains, "parts": len(parts), "absent": sorted((found.keys() | stage.factors.keys()) - known)}
+    absent = sorted(names - known)
+    return Mixture(parts), {"domains": domains, "parts": len(parts), "absent": absent}
 
 
 def moe_loss(model: Qwen3, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
@@ -200,11 +203,14 @@ def run(
         base = Qwen3Config.from_file(paths.init)
     else:
         base = scale.model(tokenizer.vocab_size, tokenizer.token_id("<|endoftext|>"))
-    model_config = replace(base, rope_theta=stage.rope_theta, max_position_embeddings=max(base.max_position_embeddings, stage.seq_len))
+    positions = max(base.max_position_embeddings, stage.seq_len)
+    model_config = replace(base, rope_theta=stage.rope_theta, max_position_embeddings=positions)
     config = config_of(stage, scale, paths, seed=seed, device=device)
     if model_config.num_experts and loss_fn is None:
         if config.micros > 1:
-            raise ValueError(f"a model with experts in {config.micros} micro-steps needs a loss_fn that balances the global batch")
+            raise ValueError(
+                f"a model with experts in {config.micros} micro-steps needs a loss_fn that balances the global batch"
+            )
         loss_fn = partial(moe_loss, z_loss=config.z_loss)
     mixed, record = mixture(stage, paths, scale.max_epochs)
     mixed.write(config.data)
@@ -229,9 +235,7 @@ def run(
             result["probes"]["before"] = long_context(before, tokenizer, paths.shards, stage.seq_len, seed)
             result["held_out before"] = HeldOut(
                 paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=8 * scale.eval_tokens)(before)
-    tmp = paths.out / ".result.json.tmp"
-    tmp.write_text(json.dumps(result, indent=1))
-    tmp.rename(done)
+    write_json(done, result)
     return result
 
 
