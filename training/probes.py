@@ -75,21 +75,22 @@ def many_shot(
     model: Qwen3, tokenizer: Tokenizer, *, shots: Sequence[int], pairs: int = 8, trials: int = 4, seed: int = 0
 ) -> dict[int, Found]:
     """{shots: found}: ``pairs`` made-up words each stand for a number; after so many lines "word = number", drawn at
-    random, one of the words that were shown is asked. ``gain`` is against no shots."""
+    random, one of the words that were shown is asked. ``gain`` is against the same lines with other numbers, so it is not
+    for having seen the form."""
     end, result = tokenizer.token_id("<|endoftext|>"), {}
     for count in shots:
-        losses, right, bare = [], [], []
+        losses, right, other = [], [], []
         for trial in range(trials):
             rng = random.Random(f"{seed} {trial}")  # the same task for every number of shots
             words = ["".join(rng.choices("bdfgklmnprstvz", k=2)) + str(i) for i in range(pairs)]
-            meaning = {w: str(rng.randrange(100, 1000)) for w in words}
-            lines = [rng.choice(list(meaning)) for _ in range(max(shots))][:count]
-            asked = rng.choice(lines) if lines else rng.choice(list(meaning))
-            context = "".join(f"{w} = {meaning[w]}\n" for w in lines)
+            meaning, wrong = ({w: str(rng.randrange(100, 1000)) for w in words} for _ in range(2))
+            lines = [rng.choice(words) for _ in range(max(shots))][:count]
+            asked = rng.choice(lines or words)
             answer = tokenizer.encode(f" {meaning[asked]}")
-            loss, ok = answer_loss(model, [end, *tokenizer.encode(f"{context}{asked} =")], answer)
-            losses.append(loss)
-            right.append(ok)
-            bare.append(answer_loss(model, [end, *tokenizer.encode(f"{asked} =")], answer)[0])
-        result[count] = Found(float(np.mean(right)), float(np.mean(bare) - np.mean(losses)))
+            for told, kept in ((meaning, losses), (wrong, other)):
+                context = "".join(f"{w} = {told[w]}\n" for w in lines)
+                loss, ok = answer_loss(model, [end, *tokenizer.encode(f"{context}{asked} =")], answer)
+                kept.append(loss)
+                right += [ok] if told is meaning else []
+        result[count] = Found(float(np.mean(right)), float(np.mean(other) - np.mean(losses)))
     return result

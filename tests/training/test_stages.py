@@ -208,6 +208,15 @@ def test_shots_help_a_model_that_looks(data):
     found = probes.many_shot(Copier(300), Tokenizer.from_file(data[1]), shots=(0, 4, 16), trials=4)
     assert found[0].gain == 0 and found[4].gain > 0.5 and found[0].accuracy == 0 < found[4].accuracy
 
+    class Former:  # knows that digits come, not which
+        head_weight, head = torch.zeros(1), staticmethod(lambda hidden: hidden)
+
+        def __call__(self, tokens, return_hidden):
+            return torch.where(torch.arange(300) < 40, 5.0, 0.0).expand(1, tokens.shape[1], 300) * (tokens.shape[1] > 20)
+
+    form = probes.many_shot(Former(), Tokenizer.from_file(data[1]), shots=(0, 16), trials=4)
+    assert abs(form[16].gain) < 1e-5, "the form alone is no gain"
+
 
 # ---- mixture search and ladder -----------------------------------------------------------------------------------------
 
