@@ -245,7 +245,8 @@ def long_context(model: Qwen3, tokenizer: Tokenizer, shards: Path, seq_len: int,
     data = TokenShards(shards / "held_out" / largest.key)
     haystack = [t for d in range(len(data)) for t in data.read(d)[:-1].tolist()]
     lengths = [n for n in (seq_len // 8, seq_len // 2, seq_len) if n <= len(haystack) and n >= 64]
-    found = probes.needle(model, tokenizer, haystack, lengths=lengths, depths=(0.1, 0.5, 0.9), trials=3, seed=seed)
+    where = {"lengths": lengths, "depths": (0.1, 0.5, 0.9)}
+    found = probes.needle(model, tokenizer, haystack, **where, trials=3, seed=seed) if lengths else {}
     shots = probes.many_shot(model, tokenizer, shots=(0, 4, 16, 64), trials=8, seed=seed)
     return {
         "needle": [{"length": n, "depth": d, **asdict(f)} for (n, d), f in found.items()],
