@@ -8,7 +8,7 @@ the best rate and batch (as DeepSeek 2024, arXiv 2401.02954, section 3.1).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,37 +124,48 @@ def fit_power(points: Sequence[tuple[float, float, float]]) -> PowerLaw:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a ladder predicts for a run. ``inside``: share of the rungs whose best rate lay inside those tried."""
+    """What a ladder predicts for a run. ``lr_inside``, ``batch_inside``: share of the rungs with at least three rates or
+    batches where the best lay inside those tried; elsewhere it is a bound. 0.0 for batches where none were tried."""
 
     loss: float
     lr: float
     batch_tokens: float
-    inside: float
+    lr_inside: float
+    batch_inside: float
 
 
 def predict(runs: Sequence[Run], *, params: float, tokens: float) -> tuple[Plan, LossLaw, PowerLaw]:
-    """Loss, learning rate and batch of a run from a ladder's. The batch grows with the best batches of the rungs where
-    several were tried, else it is the rungs' own."""
-    law = fit_loss(runs)
-    rates, batches, inside = [], [], []
-    for n, d in sorted({(r.params, r.tokens) for r in runs}):
-        rung = [r for r in runs if (r.params, r.tokens) == (n, d)]
-        least: dict[float, Run] = {}
-        for r in rung:
-            if r.lr not in least or r.loss < least[r.lr].loss:
-                least[r.lr] = r
-        if len(least) >= 3:
-            lr, ok = best_of(list(least), [r.loss for r in least.values()])
-            rates.append((n, d, lr))
-            inside.append(ok)
-        by_batch: dict[float, float] = {}
-        for r in rung:
-            by_batch[r.batch_tokens] = min(r.loss, by_batch.get(r.batch_tokens, math.inf))
-        sizes = list(by_batch), list(by_batch.values())
-        size = best_of(*sizes)[0] if len(by_batch) >= 3 else min(by_batch, key=by_batch.get)
-        batches.append((n, d, size))
+    """Loss, learning rate and batch of a run from a ladder's, with the laws of loss and rate.
+
+    Loss and rate are from the runs with the commonest batch, since a rung with other batches would seem better than its
+    neighbours; the batch is from the rungs where at least three were tried, else the commonest.
+
+    Raises ValueError: as ``fit_loss``, or no rung with three rates.
+    """
+    batches = [r.batch_tokens for r in runs]
+    common = max(sorted(set(batches)), key=batches.count) if batches else 0.0
+    law = fit_loss([r for r in runs if r.batch_tokens == common])
+    rates = _best_per_rung([r for r in runs if r.batch_tokens == common], lambda r: r.lr)
     if not rates:
         raise ValueError("no rung has three learning rates; expected at least one, to find the best")
-    lr_law = fit_power(rates)
-    plan = Plan(law(params, tokens), lr_law(params, tokens), fit_power(batches)(params, tokens), float(np.mean(inside)))
-    return plan, law, lr_law
+    sizes = _best_per_rung(runs, lambda r: r.batch_tokens)
+    rate_law = fit_power([point for point, _ in rates])
+    batch = fit_power([point for point, _ in sizes])(params, tokens) if sizes else common
+    inside = [float(np.mean([ok for _, ok in found])) if found else 0.0 for found in (rates, sizes)]
+    return Plan(law(params, tokens), rate_law(params, tokens), batch, *inside), law, rate_law
+
+
+def _best_per_rung(
+    runs: Sequence[Run], value: Callable[[Run], float]
+) -> list[tuple[tuple[float, float, float], bool]]:
+    """[((parameters, tokens, best value), whether inside)] of the rungs with three values or more."""
+    found = []
+    for n, d in sorted({(r.params, r.tokens) for r in runs}):
+        least: dict[float, float] = {}
+        for r in runs:
+            if (r.params, r.tokens) == (n, d):
+                least[value(r)] = min(r.loss, least.get(value(r), math.inf))
+        if len(least) >= 3:
+            best, inside = best_of(list(least), list(least.values()))
+            found.append(((n, d, best), inside))
+    return found

@@ -53,11 +53,25 @@ def test_power_laws():
 
 
 def test_predicts_rate_batch_and_loss():
-    plan, law, rates = predict(ladder(lrs=(0.5, 1.0, 2.0)), params=1e9, tokens=1e10)
-    assert plan.loss == pytest.approx(truth(1e9, 1e10), rel=5e-3) and plan.inside == 1.0
-    assert plan.lr == pytest.approx(3 * 1e9**-0.3, rel=1e-3) and plan.batch_tokens == pytest.approx(65536)
-    _, _, off = predict(ladder(lrs=(2.0, 4.0, 8.0)), params=1e9, tokens=1e10)
-    assert predict(ladder(lrs=(2.0, 4.0, 8.0)), params=1e9, tokens=1e10)[0].inside == 0, "and says when it guesses"
+    runs = ladder(lrs=(0.5, 1.0, 2.0))
+    plan, law, rates = predict(runs, params=1e9, tokens=1e10)
+    assert plan.loss == pytest.approx(truth(1e9, 1e10), rel=5e-3) and plan.lr_inside == 1.0
+    assert plan.lr == rates(1e9, 1e10) == pytest.approx(3 * 1e9**-0.3, rel=1e-3)
+    assert plan.batch_tokens == pytest.approx(65536) and plan.batch_inside == 0.0, "no other batch was tried"
+    assert predict(ladder(lrs=(2.0, 4.0, 8.0)), params=1e9, tokens=1e10)[0].lr_inside == 0, "and says when it guesses"
+
+
+def test_batches_tried_in_some_rungs_do_not_bend_the_law():
+    """The best batch is 65,536 sqrt(D / 1e9); others are tried in the rungs of two lengths, where some are better."""
+    runs, more = ladder(lrs=(0.5, 1.0, 2.0)), []
+    for d in (3e8, 3e9):
+        best = 65536 * (d / 1e9) ** 0.5
+        for m in (0.5, 1.0, 2.0):
+            saved = 0.1 * (np.log(m) ** 2 - np.log(65536 / best) ** 2)
+            more.append(Run(1e8, d, truth(1e8, d) + saved, 3 * 1e8**-0.3, best * m))
+    plan, law, _ = predict(runs + more, params=1e9, tokens=1e10)
+    assert law == predict(runs, params=1e9, tokens=1e10)[1] and plan.batch_inside == 1.0
+    assert plan.batch_tokens == pytest.approx(65536 * 10**0.5, rel=1e-3)
 
 
 def test_losses_that_do_not_fall_fit_no_law():

@@ -126,8 +126,10 @@ def report_ladder(runs: Sequence[scaling.Run], console: Console, *, params: floa
     }
     console.print(f"L = {law.E:.3f} + {law.A:.3g} / N^{law.a:.3f} + {law.B:.3g} / D^{law.b:.3f}; "
                   f"off by {100 * law.error:.2f} % rms")
-    console.print(f"lr = {rate.c:.3g} N^{rate.n:.3f} D^{rate.d:.3f}; in {100 * plan.inside:.0f} % of the rungs the best rate lay "
-                  "inside those tried")
+    console.print(f"lr = {rate.c:.3g} N^{rate.n:.3f} D^{rate.d:.3f}; the best lay inside those tried in "
+                  f"{100 * plan.lr_inside:.0f} % of the rungs for the rate, {100 * plan.batch_inside:.0f} % for the batch")
+    batches = [r.batch_tokens for r in runs]
+    runs = [r for r in runs if r.batch_tokens == max(sorted(set(batches)), key=batches.count)]
     rest = [r for r in runs if r.params < largest]
     if len({(r.params, r.tokens) for r in rest}) >= 6:
         short = scaling.fit_loss(rest)
