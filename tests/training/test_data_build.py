@@ -321,6 +321,21 @@ def test_classifier_learns_and_reports_honestly(tmp_path):
     assert again.score(unseen) == [again.score([t])[0] for t in unseen], "whatever the batch"
 
 
+def test_labels_that_came_stay_and_others_are_scored():
+    from training.data.blocks import Document
+
+    class Scorer:
+        def score(self, texts):
+            return [{"field": "law", "domain": "web", "safety": "unsafe" if "bomb" in t else "safe"} for t in texts]
+
+    docs = [Document("a", "1", metadata={"labels": {"field": "nature"}}), Document("a bomb", "2", metadata={}),
+            Document("a bomb", "3", metadata={"labels": {"safety": "safe"}})]
+    assert labels.Label(Scorer()).filter_batch(docs) == [True, (False, "unsafe"), True]
+    assert docs[0].metadata["labels"] == {"educational_value": "unknown", "field": "nature", "domain": "web", "safety": "safe"}
+    with pytest.raises(ValueError, match=r"has labels \['quality'\]; expected some of"):
+        labels.Label(None).filter(Document("a", "1", metadata={"labels": {"quality": 1}, "source": "s"}))
+
+
 def test_quality_rules_by_kind_and_language():
     from training.data.blocks import Document
 
