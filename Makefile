@@ -1,11 +1,14 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first.
+# Commands on a fresh machine: `make demo`, `make base` and `make test`. They set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test test-slow doctor clean
+.PHONY: demo base test test-slow doctor clean
 demo: .venv/demo
 	$(BIN)/python -m training.recipes.demo --out runs/demo
+
+base: .venv/data
+	$(BIN)/python -m training.recipes.base --out runs/base
 
 test: .venv/test
 	$(BIN)/python -m pytest -m "not gpu and not slow"
@@ -24,8 +27,12 @@ doctor: .venv/demo
 	$(BIN)/python -m pip install --quiet --editable '.[train,transformers]'
 	touch $@
 
+.venv/data: .venv/demo
+	$(BIN)/python -m pip install --quiet --editable '.[train,transformers,data]'
+	touch $@
+
 .venv/test: .venv/demo
-	$(BIN)/python -m pip install --quiet --editable '.[train,transformers,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,transformers,data,test]'
 	touch $@
 
 clean:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,71 @@ def save(
     tokenizer) are copied in. On any failure nothing is left behind and the error is raised."""
     if keep < 1:
         raise ValueError(f"keep is {keep}; expected at least 1")
+    return _write(folder, step, model, optimizer.state_tensors() | _rng_states(), fields, keep, extra_files)
+
+
+class Saver:
+    """Saves as ``save`` does; with ``background``, from a copy in CPU memory that a thread writes while training goes on.
+
+    One checkpoint is written at a time: the next ``save``, and the end of the ``with`` block, wait for it and raise what
+    went wrong with it.
+    """
+
+    def __init__(self, folder: Path, *, background: bool, keep: int = 2, extra_files: tuple[Path, ...] = ()):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; expected at least 1")
+        self.folder, self.background, self.keep, self.extra_files = folder, background, keep, extra_files
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, model: Qwen3, optimizer: Optimizer, fields: dict[str, Any]) -> Path:
+        """Returns the folder, which with ``background`` is there only after the next ``wait``."""
+        tensors = optimizer.state_tensors() | _rng_states()
+        if not self.background:
+            return _write(self.folder, step, model, tensors, fields, self.keep, self.extra_files)
+        self.wait()
+        tensors = {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()}
+        args = self.folder, step, _copy_on_cpu(model), tensors, fields, self.keep, self.extra_files
+        self._thread = threading.Thread(target=self._run, args=args, name=f"checkpoint {step}")
+        self._thread.start()
+        return self.folder / f"step-{step:08d}"
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises the error of the last write."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, *args: Any) -> None:
+        try:
+            _write(*args)
+        except BaseException as e:
+            self._error = e
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread is not None:  # the training's own error is the one to raise
+            self._thread.join()
+
+
+def _copy_on_cpu(model: Qwen3) -> Qwen3:
+    with torch.device("meta"):
+        copy = Qwen3(model.config)
+    copy.load_state_dict({k: t.detach().to("cpu", copy=True) for k, t in model.state_dict().items()}, assign=True)
+    return copy
+
+
+def _write(
+    folder: Path, step: int, model: Qwen3, tensors: dict[str, Tensor], fields: dict[str, Any], keep: int,
+    extra_files: tuple[Path, ...],
+) -> Path:
     final = folder / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*"):  # of a process that was killed
@@ -69,7 +135,7 @@ def save(
     tmp = folder / f".{final.name}.tmp"
     try:
         model_io.save(model, tmp)
-        save_file(_contiguous(optimizer.state_tensors() | _rng_states()), tmp / "optimizer.safetensors")
+        save_file(_contiguous(tensors), tmp / "optimizer.safetensors")
         for file in extra_files:
             shutil.copyfile(file, tmp / file.name)
         sizes = {p.name: p.stat().st_size for p in sorted(tmp.iterdir())}

@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What may differ between a run and its resumption: none of it touches the weights.
 FREE = frozenset({
     "out", "data", "eval_data", "tokenizer", "eval_every", "eval_batches", "log_every", "save_every", "keep", "tensorboard",
-    "recompute",
+    "recompute", "async_save",
 })
 
 
@@ -26,9 +26,10 @@ FREE = frozenset({
 class Config:
     """One training run. Sizes are per step, over all micro-steps. Raises ValueError naming a field out of range."""
 
-    data: Path  # token shards to train on
+    data: Path  # token shards to train on, or the JSON file of a mixture of them
     out: Path  # checkpoints and logs; an unfinished run found here is resumed
     model: str = "Qwen3-0.6B"  # a released size, or the path of a config.json; starts from random weights
+    init: Path | None = None  # folder of a model to start from, as published or as saved here; its config replaces model
     eval_data: Path | None = None  # token shards to evaluate on
     tokenizer: Path | None = None  # tokenizer.json, checked against the shards and stored with each checkpoint
     steps: int = 1000
@@ -47,6 +48,9 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
     z_loss: float = 0.0  # weight of logsumexp^2
+    # skip steps whose loss or gradient norm is so many standard deviations above the mean of the last spike_window; 0: none
+    spike_sigma: float = 0.0
+    spike_window: int = 128
     seed: int = 0
     device: str = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA and on CPUs with AMX
@@ -56,14 +60,15 @@ class Config:
     log_every: int = 10
     save_every: int = 200
     keep: int = 2  # checkpoints kept
+    async_save: bool = False  # copy the state to CPU memory and write it from a thread while training goes on
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seq_len", "rows", "micros", "eval_every", "log_every", "save_every", "keep"):
+        for name in ("steps", "seq_len", "rows", "micros", "eval_every", "log_every", "save_every", "keep", "spike_window"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("lr", "max_grad_norm"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("weight_decay", "z_loss", "eval_batches", "seed"):
+        for name in ("weight_decay", "z_loss", "eval_batches", "seed", "spike_sigma"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
         _require(0 <= self.decay <= 1, "decay", self.decay, "a share in [0, 1]")

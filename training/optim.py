@@ -77,16 +77,17 @@ def round_stochastic_(out: Tensor, x: Tensor, generator: torch.Generator) -> Non
 @torch.no_grad()
 def adamw_(
     weights: list[Tensor], grads: list[Tensor], moments: list[Tensor], squares: list[Tensor], *, step: int, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float,
+    betas: tuple[float, float], eps: float, weight_decay: float, skip: Tensor | None = None,
 ) -> None:
-    """torch's AdamW step, fused (one pass over memory) where torch can. All float32; ``step`` counts from 1."""
+    """torch's AdamW step, fused (one pass over memory) where torch can. All float32; ``step`` counts from 1. With ``skip``
+    of 1 (a float32 scalar on the device) nothing changes."""
     if not weights:
         return
     device = weights[0].device
     steps = list(torch.full((len(weights),), step - 1.0, device=device).unbind())  # torch adds the 1
     adamw(
         weights, grads, moments, squares, [], steps, fused=device.type in ("cpu", "cuda") or None, amsgrad=False,
-        beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
+        beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps, maximize=False, found_inf=skip,
     )
 
 
@@ -115,6 +116,41 @@ def muon_(
     weight_BMN.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * 0.2 * math.sqrt(max(weight_BMN.shape[-2:])))
 
 
+class SpikeGuard:
+    """Tells steps to skip: those whose loss or gradient norm is not finite, or more than ``sigma`` standard deviations
+    above its mean over the last ``window`` steps that were taken (half a window must have been). Reads nothing from the
+    device. Source of the rule: SkipStepOptimizer of OLMo-core (github.com/allenai/OLMo-core)."""
+
+    def __init__(self, sigma: float, window: int, device: torch.device | str = "cpu"):
+        if not sigma > 0 or window < 2:
+            raise ValueError(f"sigma is {sigma}, window {window}; expected sigma > 0 and window >= 2")
+        self.sigma = sigma
+        self.recent = torch.zeros(2, window, device=device)  # losses; norms
+        self.taken = torch.zeros((), dtype=torch.int64, device=device)
+        self.skip = torch.zeros((), device=device)  # the last verdict: 1 or 0
+
+    @torch.no_grad()
+    def __call__(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """float32 scalar: 1 to skip the step, else 0."""
+        now_2 = torch.stack((loss.detach(), norm)).float()
+        window = self.recent.shape[1]
+        places = torch.arange(window, device=now_2.device)
+        valid = (places < self.taken).double()
+        n = valid.sum().clamp(min=1)
+        recent = self.recent.double()
+        mean_2 = (recent * valid).sum(1) / n
+        std_2 = (((recent - mean_2[:, None]) ** 2 * valid).sum(1) / n).sqrt()
+        far = ((now_2 - mean_2) > self.sigma * std_2.clamp(min=1e-3 * mean_2.abs() + 1e-8)).any() & (self.taken >= window // 2)
+        skip = far | ~now_2.isfinite().all()
+        here = (places == self.taken % window) & ~skip
+        self.recent.copy_(torch.where(here, now_2[:, None], self.recent))
+        self.taken += ~skip
+        return self.skip.copy_(skip)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"guard.recent": self.recent, "guard.taken": self.taken}
+
+
 class Optimizer:
     """AdamW, or Muon for the matrices in the layers and AdamW for the rest. Weight decay is for matrices only.
 
@@ -131,6 +167,7 @@ class Optimizer:
             "bfloat16": moments in bfloat16, too, also rounded stochastically (4).
             Without masters the gradients of micro-steps are summed in the parameters' dtype.
         seed: of the stochastic rounding, which is a function of seed, step and parameter name (per type of device).
+        guard: if given, steps it tells to skip change neither weights nor moments. They count in AdamW's bias correction.
 
     State is addressed by parameter name. A step reads nothing from the device.
 
@@ -141,6 +178,7 @@ class Optimizer:
     def __init__(
         self, model: nn.Module, *, kind: str = "adamw", states: str = "float32",
         betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1, seed: int = 0,
+        guard: SpikeGuard | None = None,
     ):
         for name, value, known in (("kind", kind, OPTIMIZERS), ("states", states, STATES)):
             if value not in known:
@@ -162,7 +200,7 @@ class Optimizer:
             n: {key: torch.zeros_like(w, dtype=dtype, requires_grad=False) for key in
                 (("momentum",) if n in self._muon else ("exp_avg", "exp_avg_sq"))} for n, w in self._weights.items()
         }
-        self._step, self._seed = 0, seed
+        self._step, self._seed, self.guard = 0, seed, guard
         self._options, self._weight_decay = {"betas": betas, "eps": eps}, weight_decay
         self._generators = {p.device: torch.Generator(p.device) for p in self._params.values()}
 
@@ -175,22 +213,23 @@ class Optimizer:
         return hook
 
     @torch.no_grad()
-    def step(self, lr: float, max_norm: float) -> Tensor:
+    def step(self, lr: float, max_norm: float, *, loss: Tensor | None = None) -> Tensor:
         """Clips, updates and drops the gradients; parameters without one are left alone. Returns the gradient norm
-        before clipping, on the device."""
+        before clipping, on the device. ``loss`` is for the guard, which needs it."""
         live = {n: w for n, w in self._weights.items() if w.grad is not None}
         norm = clip_grad_norm_((w.grad for w in live.values()), max_norm)
+        skip = None if self.guard is None else self.guard(loss, norm)
         self._step += 1
         for decay in dict.fromkeys((self._weight_decay, 0.0)):  # all that is float32 in one go
             names = [n for n in live if self._decay(n) == decay and not (n in self._muon or self._in_pieces(n))]
             adamw_(
                 [live[n] for n in names], [live[n].grad for n in names],
                 *([self._moments[n][key] for n in names] for key in ("exp_avg", "exp_avg_sq")),
-                step=self._step, lr=lr, weight_decay=decay, **self._options,
+                step=self._step, lr=lr, weight_decay=decay, skip=skip, **self._options,
             )
         for name in live:
             if name in self._muon or self._in_pieces(name):
-                self._step_in_pieces(name, lr)
+                self._step_in_pieces(name, lr, skip)
         for name, w in live.items():
             w.grad = None
             if w is not self._params[name]:
@@ -203,19 +242,22 @@ class Optimizer:
     def _in_pieces(self, name: str) -> bool:
         return any(t.dtype != torch.float32 for t in (self._weights[name], *self._moments[name].values()))
 
-    def _step_in_pieces(self, name: str, lr: float) -> None:
+    def _step_in_pieces(self, name: str, lr: float, skip: Tensor | None) -> None:
         weight, options = self._weights[name], {"lr": lr, "weight_decay": self._decay(name)}
         generator = self._generators[weight.device]
         generator.manual_seed(int.from_bytes(hashlib.sha256(f"{self._seed} {self._step} {name}".encode()).digest()[:8]))
         for grad, *kept in zip(*(self._pieces(name, t) for t in (weight.grad, weight, *self._moments[name].values()))):
-            grad, wide = grad.float(), [t.float() for t in kept]
+            grad, wide = grad.float(), [t.float() if skip is None else t.to(torch.float32, copy=True) for t in kept]
             if name in self._muon:
                 muon_(wide[0], grad, wide[1], **options)
             else:
                 adamw_([wide[0]], [grad], [wide[1]], [wide[2]], step=self._step, **options, **self._options)
             for t, x in zip(kept, wide):
-                if t is not x:  # .float() of float32 is the tensor itself
-                    round_stochastic_(t, x, generator)
+                x = x if skip is None else torch.where(skip > 0, t.float(), x)
+                if t.dtype != torch.float32:
+                    round_stochastic_(t, x, generator)  # leaves alone what is a bfloat16 already
+                elif t is not x:  # .float() of float32 is the tensor itself
+                    t.copy_(x)
 
     def _pieces(self, name: str, t: Tensor) -> Iterator[Tensor]:
         """Views of at most PIECE elements; for Muon of whole matrices [B, M, N], gate and up projections apart."""
@@ -226,10 +268,10 @@ class Optimizer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """{"step", per parameter "exp_avg.NAME" and "exp_avg_sq.NAME" or (Muon) "momentum.NAME", and "master.NAME"
-        where there is one}."""
+        where there is one, and the guard's}."""
         state = {f"{key}.{n}": t for n, moments in self._moments.items() for key, t in moments.items()}
         state |= {f"master.{n}": w for n, w in self._weights.items() if w is not self._params[n]}
-        return state | {"step": torch.tensor(self._step)}
+        return state | {"step": torch.tensor(self._step)} | (self.guard.state_tensors() if self.guard else {})
 
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:

@@ -24,18 +24,23 @@ import torch
 from torch import Tensor
 
 from qwen3_kernels import linear_cross_entropy
+from qwen3_model import load as model_io
+from qwen3_model import rope
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
 
 from . import checkpoint, environment, memory
 from .config import DTYPES, FREE, Config, to_json
-from .data.packing import IGNORE, Batch, PackedLoader, evaluation_batches
+from .data.mixture import data_sets, describe, open_loader
+from .data.packing import IGNORE, Batch, evaluation_batches
 from .data.shards import TokenShards
 from .log import Log
-from .optim import Optimizer
+from .optim import Optimizer, SpikeGuard
 
 LossFn = Callable[[Qwen3, Batch], Tensor]
 """Sum of the loss over a batch's kept labels; the trainer divides by their number over all micro-steps."""
+EvalFn = Callable[[Qwen3], dict[str, float]]
+SKIPS_IN_A_ROW = 16  # after which a run stops: the model or the data is broken, or the guard too strict
 
 
 def next_token_loss(model: Qwen3, batch: Batch, z_loss: float = 0.0) -> Tensor:
@@ -58,7 +63,7 @@ def train_step(
         loss = loss_fn(model, batch.to(device)) / kept
         loss.backward()
         total += loss.detach()
-    return total, optimizer.step(lr, max_grad_norm), kept
+    return total, optimizer.step(lr, max_grad_norm, loss=total), kept
 
 
 @torch.no_grad()
@@ -77,29 +82,31 @@ def evaluate(model: Qwen3, data: TokenShards, batches: Iterable[Batch]) -> dict[
 
 
 def train(
-    config: Config, *, model_config: Qwen3Config | None = None, loss_fn: LossFn | None = None, quiet: bool = False
+    config: Config, *, model_config: Qwen3Config | None = None, loss_fn: LossFn | None = None, eval_fn: EvalFn | None = None,
+    quiet: bool = False,
 ) -> Path:
     """Runs or resumes a training run and returns its final checkpoint.
 
     Args:
-        model_config: the architecture, instead of ``config.model``. loss_fn: default ``next_token_loss``.
+        model_config: the architecture, instead of ``config.model`` or that of ``config.init``.
+        loss_fn: default ``next_token_loss``. eval_fn: what to log every ``eval_every`` steps beside ``eval_data``'s loss.
 
     Raises:
         ValueError: settings, data, tokenizer or an earlier run in ``out`` do not fit together, or a step not in memory.
-        FloatingPointError: loss or gradient norm is not finite; the message names the step. Nothing is saved from it.
+        FloatingPointError: loss or gradient norm is not finite, or the guard skipped too many steps in a row; the
+            message names the step. Nothing is saved from it.
         BlockingIOError: another process trains in ``out``.
     """
     config = config.resolved()
-    data = TokenShards(config.data)
-    loader = PackedLoader(data, seq_len=config.seq_len, rows=config.rows, seed=config.seed)
+    loader = open_loader(config.data, seq_len=config.seq_len, rows=config.rows, seed=config.seed)
     eval_data = TokenShards(config.eval_data) if config.eval_data else None
-    model_config = model_config or named_model(config.model)
-    check_vocabulary(config, data, eval_data, model_config)
+    model_config = model_config or (Qwen3Config.from_file(config.init) if config.init else named_model(config.model))
+    check_vocabulary(config, [*data_sets(loader), *([eval_data] if eval_data else [])], model_config)
     if loss_fn is None:
         loss_fn = partial(next_token_loss, z_loss=config.z_loss)
         if config.device.startswith("cuda"):  # what another loss takes is not known
             memory.check(config, model_config, torch.cuda.get_device_properties(config.device).total_memory)
-    run = {"config": to_json(config), "model": model_config.to_dict(), "data": to_json(data.index)}
+    run = {"config": to_json(config), "model": model_config.to_dict(), "data": describe(loader)}
 
     with locked(config.out):
         resumed = checkpoint.latest(config.out / "checkpoints")
@@ -110,9 +117,15 @@ def train(
         model, optimizer = set_up(config, model_config, resumed)
         done, final = (resumed.step, resumed.path) if resumed else (0, None)
 
-        pending: list[tuple[int, Tensor, Tensor]] = []  # losses and norms not yet read from the device
-        with Log(config.out, steps=config.steps, done=done, quiet=quiet, tensorboard=config.tensorboard) as log:
-            log.say(f"{config.out}: {model_config.num_params():,} parameters, {data.index.n_tokens:,} tokens, "
+        pending: list[tuple[int, Tensor, Tensor, Tensor]] = []  # losses, norms, skips not yet read from the device
+        skipped = 0  # in a row
+        extra = (config.tokenizer,) if config.tokenizer else ()
+        saver = checkpoint.Saver(
+            config.out / "checkpoints", background=config.async_save, keep=config.keep, extra_files=extra
+        )
+        with Log(config.out, steps=config.steps, done=done, quiet=quiet, tensorboard=config.tensorboard) as log, saver:
+            n_tokens = sum(d.index.n_tokens for d in {d.path: d for d in data_sets(loader)}.values())
+            log.say(f"{config.out}: {model_config.num_params():,} parameters, {n_tokens:,} tokens, "
                     f"{config.steps * config.rows * config.seq_len:,} to train on, {config.dtype} on {config.device}"
                     + (f", resumed after step {done}" if done else ""))
             clock, seen = time.perf_counter(), 0
@@ -121,13 +134,14 @@ def train(
                 loss, norm, kept = train_step(
                     model, optimizer, batches, loss_fn, lr=config.lr_at(step), max_grad_norm=config.max_grad_norm
                 )
-                pending.append((step + 1, loss, norm))
+                skip = torch.zeros_like(loss) if optimizer.guard is None else optimizer.guard.skip.clone()
+                pending.append((step + 1, loss, norm, skip))
                 seen += kept
 
                 last = step + 1 == config.steps
                 saving, evaluating = (last or (step + 1) % n == 0 for n in (config.save_every, config.eval_every))
                 if saving or evaluating or (step + 1) % config.log_every == 0:
-                    flush(log, pending, config)
+                    skipped = flush(log, pending, config, skipped)
                     rate = seen / (time.perf_counter() - clock)
                     log.write("speed", step + 1, {"tokens_per_s": rate})
                     log.say(f"step {step + 1}/{config.steps}  loss {loss:.4f}  grad norm {norm:.3f}  "
@@ -138,11 +152,10 @@ def train(
                     result = evaluate(model, eval_data, rows if last else islice(rows, config.eval_batches or None))
                     log.write("eval", step + 1, result)
                     log.say(f"step {step + 1}/{config.steps}  held-out " + "  ".join(f"{k} {v:.6g}" for k, v in result.items()))
+                if evaluating and eval_fn is not None:
+                    log.write("groups", step + 1, eval_fn(model))
                 if saving:
-                    extra = (config.tokenizer,) if config.tokenizer else ()
-                    final = checkpoint.save(
-                        config.out / "checkpoints", step + 1, model, optimizer, run, keep=config.keep, extra_files=extra
-                    )
+                    final = saver.save(step + 1, model, optimizer, run)
                 if not pending:
                     clock, seen = time.perf_counter(), 0
     return final
@@ -151,24 +164,56 @@ def train(
 def set_up(config: Config, model_config: Qwen3Config, resumed: checkpoint.Checkpoint | None) -> tuple[Qwen3, Optimizer]:
     """Model, optimizer and torch's random generators at the start of a run, or as a checkpoint left them."""
     torch.manual_seed(config.seed)
-    if resumed is None:
-        model = Qwen3(model_config).init_weights(config.seed).to(config.device, DTYPES[config.dtype])
-    else:
+    if resumed is not None:
         model = resumed.load_model(config.device)
+    elif config.init is not None:
+        model = with_config(model_io.load(config.init, device=config.device, dtype=DTYPES[config.dtype]), model_config)
+    else:
+        model = Qwen3(model_config).init_weights(config.seed).to(config.device, DTYPES[config.dtype])
     model.recompute = config.recompute
     optimizer = Optimizer(
         model.train(), kind=config.optimizer, states=config.optimizer_states, betas=config.betas,
         weight_decay=config.weight_decay, seed=config.seed,
+        guard=SpikeGuard(config.spike_sigma, config.spike_window, config.device) if config.spike_sigma else None,
     )
     if resumed is not None:
         resumed.restore(optimizer)
     return model, optimizer
 
 
-def flush(log: Log, pending: list[tuple[int, Tensor, Tensor]], config: Config) -> None:
-    """Reads the pending losses from the device in one go and writes them; stops at the first that is not finite."""
-    values = torch.stack([torch.stack((loss, norm.float())) for _, loss, norm in pending]).tolist()
-    for (step, _, _), (loss, norm) in zip(pending, values):
+def with_config(model: Qwen3, config: Qwen3Config) -> Qwen3:
+    """The weights of ``model`` under another config, which may differ in RoPE, context, and constants of training, but not in
+    shape. Raises ValueError naming what differs."""
+    free = {"rope_theta", "rope_scaling", "max_position_embeddings", "router_aux_loss_coef", "initializer_range", "numerics",
+            "bos_token_id", "eos_token_id"}
+    was, now = vars(model.config), vars(config)
+    if wrong := [f"{k} is {now[k]}, the weights have {was[k]}" for k in now if k not in free and now[k] != was[k]]:
+        raise ValueError(f"the model to start from does not fit: {'; '.join(wrong)}")
+    with torch.device("meta"):
+        other = Qwen3(config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.inv_freq = rope.inv_freq(config)[0].to(model.inv_freq.device)
+    return other
+
+
+def flush(log: Log, pending: list[tuple[int, Tensor, Tensor, Tensor]], config: Config, skipped: int = 0) -> int:
+    """Reads the pending losses from the device in one go and writes them; stops at the first that is not finite. Steps
+    that the guard skipped are written as such, with the rows they were made of: ``loader.batch(step - 1)`` gives them
+    again. ``skipped``: how many in a row were, before and (returned) after."""
+    values = torch.stack([torch.stack((loss, norm.float(), skip)) for _, loss, norm, skip in pending]).tolist()
+    for (step, *_), (loss, norm, skip) in zip(pending, values):
+        if skip:
+            skipped += 1
+            rows = {"first_row": (step - 1) * config.rows, "rows": config.rows, "seed": config.seed}
+            log.write("skipped", step, {"loss": loss, "grad_norm": norm, **rows})
+            log.say(f"step {step}: skipped, loss {loss:.4f}, gradient norm {norm:.3g}")
+            if skipped >= SKIPS_IN_A_ROW:
+                raise FloatingPointError(
+                    f"step {step}: {skipped} steps in a row were skipped, the last with loss {loss} and gradient norm {norm}; "
+                    f"training stopped. Try a lower lr (now {config.lr:g}) or a larger spike_sigma ({config.spike_sigma:g})."
+                )
+            continue
+        skipped = 0
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {step}: loss is {loss}, gradient norm is {norm}; training stopped and nothing of it was saved. "
@@ -176,17 +221,19 @@ def flush(log: Log, pending: list[tuple[int, Tensor, Tensor]], config: Config) -
             )
         log.write("train", step, {"loss": loss, "grad_norm": norm, "lr": config.lr_at(step - 1)})
     pending.clear()
+    return skipped
 
 
 def named_model(name: str) -> Qwen3Config:
     return Qwen3Config.from_file(name) if name.endswith(".json") else Qwen3Config.from_name(name)
 
 
-def check_vocabulary(config: Config, data: TokenShards, eval_data: TokenShards | None, model: Qwen3Config) -> None:
+def check_vocabulary(config: Config, data: Sequence[TokenShards], model: Qwen3Config) -> None:
     """Raises ValueError unless shards, tokenizer and model use one vocabulary."""
-    if data.index.vocab_size > model.vocab_size:
-        raise ValueError(f"{config.data} has a vocabulary of {data.index.vocab_size}, the model's is {model.vocab_size}")
-    hashes = {str(d.path): d.index.tokenizer_sha256 for d in (data, eval_data) if d is not None}
+    for d in data:
+        if d.index.vocab_size > model.vocab_size:
+            raise ValueError(f"{d.path} has a vocabulary of {d.index.vocab_size}, the model's is {model.vocab_size}")
+    hashes = {str(d.path): d.index.tokenizer_sha256 for d in data}
     if config.tokenizer is not None:
         hashes[str(config.tokenizer)] = environment.file_sha256(config.tokenizer)
     if len(set(hashes.values())) > 1:

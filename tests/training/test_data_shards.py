@@ -125,3 +125,20 @@ def test_ranges_outside_a_document(make_data):
     data = TokenShards(make_data([3]))
     with pytest.raises(ValueError, match=r"has 4 tokens; got the range \[2, 5\)"):
         data.read(0, 2, 5)
+
+
+def test_merged_sets_hold_the_documents_of_all(make_data, tmp_path):
+    parts = [make_data([5, 1, 7], "a", shard_tokens=8), make_data([3, 9], "b", seed=1)]
+    index = shards.merge(tmp_path / "both", parts)
+    both, alone = TokenShards(tmp_path / "both"), [TokenShards(p) for p in parts]
+    wanted = [d.read(i).tolist() for d in alone for i in range(len(d))]
+    assert [both.read(i).tolist() for i in range(len(both))] == wanted and index.n_documents == 5
+    assert index.n_bytes == both.index.n_bytes == sum(d.index.n_bytes for d in alone)
+    with pytest.raises(FileExistsError):
+        shards.merge(tmp_path / "both", parts)
+    shards.write(tmp_path / "other", [([1], 1)], vocab_size=VOCAB + 1, end_of_text=END)
+    with pytest.raises(ValueError, match="different kinds"):
+        shards.merge(tmp_path / "mixed", [*parts, tmp_path / "other"])
+    with pytest.raises(ValueError, match="no data sets"):
+        shards.merge(tmp_path / "none", [])
+    assert not (tmp_path / "mixed").exists() and not list(tmp_path.glob(".*"))

@@ -8,6 +8,7 @@ import torch
 
 from training import checkpoint, pretrain
 from training.config import Config
+from training.data.mixture import Mixture, Part
 from training.data.shards import TokenShards
 from training.log import FILE, read_metrics
 from training.pretrain import evaluate, evaluation_batches, next_token_loss, train
@@ -249,3 +250,45 @@ def test_bad_settings(make_config, changes, words):
 def test_auto_is_resolved():
     config = Config("d", "o").resolved()
     assert config.device in ("cpu", "cuda") and config.dtype in ("float32", "bfloat16")
+
+
+def test_trains_on_a_mixture_and_resumes_bitwise(make_config, make_data, run_folder):
+    make_data([200] * 8, "long", seed=3, counting=True)
+    mixture = Mixture((Part("train", 0.75), Part("long", 0.25, min_tokens=100)))
+    mixture.write(run_folder / "mixture.json")
+    straight, broken = (dataclasses.replace(make_config(out), data=run_folder / "mixture.json") for out in "ab")
+    expected = train(straight, quiet=True)
+    with pytest.raises(Stop):
+        train(broken, loss_fn=failing_at(7), quiet=True)
+    got = train(broken, quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(expected).values(), weights(got).values()))
+    run = json.loads((straight.out / "run.json").read_text())
+    assert [p["share"] for p in run["data"]["mixture"]] == [0.75, 0.25]
+    Mixture((Part("train", 0.5), Part("long", 0.5))).write(run_folder / "mixture.json")
+    with pytest.raises(ValueError, match="data.mixture: .* in the checkpoint, now"):
+        train(straight, quiet=True)
+
+
+def test_starts_from_the_weights_of_another_run(make_config, model_config):
+    first = train(make_config("a", steps=20), quiet=True)
+    longer = dataclasses.replace(model_config, rope_theta=1_000_000, max_position_embeddings=512)
+    second = make_config("b", steps=4, init=first, lr=1e-9, seq_len=64, rows=1)
+    path = train(second, model_config=longer, quiet=True)
+    was, now = weights(first), weights(path)
+    assert all((was[k] - now[k]).abs().max() < 1e-6 for k in was)
+    model = checkpoint.read(path).load_model("cpu")
+    assert model.config.rope_theta == 1_000_000 and model.config.max_position_embeddings == 512
+    fresh = pretrain.Qwen3(longer)
+    started, _ = pretrain.set_up(second, longer, None)
+    assert torch.equal(started.inv_freq, fresh.inv_freq), "the new angles, not the old"
+    with pytest.raises(ValueError, match="hidden_size is 32, the weights have 16"):
+        train(make_config("c", init=first), model_config=dataclasses.replace(model_config, hidden_size=32), quiet=True)
+    loss = records(make_config("a").out, "train")[-1]["loss"]
+    assert train(make_config("d", steps=2, init=first), quiet=True) and records(make_config("d").out, "train")[0]["loss"] < loss + 0.5
+    assert json.loads((make_config("d").out / "run.json").read_text())["model"]["rope_parameters"]["rope_theta"] == 10_000
+
+
+def test_another_evaluation_is_logged(make_config):
+    config = make_config()
+    train(config, eval_fn=lambda model: {"needle": 0.5, "size": model.config.hidden_size}, quiet=True)
+    assert [(r["step"], r["needle"], r["size"]) for r in records(config.out, "groups")] == [(s, 0.5, 16) for s in (5, 10, 12)]

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT
 
 from qwen3_model.model import Qwen3
-from training import checkpoint
+from training import checkpoint, pretrain
 from training.checkpoint import latest, read, save
 from training.log import FILE, read_metrics
 from training.optim import Optimizer
@@ -158,8 +159,9 @@ def losses(out):
     return [r for r in read_metrics(out) if r["kind"] != "speed"]
 
 
-def test_killed_and_resumed_runs_end_in_the_same_bits(make_config, trainer_command):
-    settings = {"steps": 60, "dtype": "bfloat16", "log_every": 1, "save_every": 3, "eval_every": 20, "micros": 2}
+@pytest.mark.parametrize("changes", [{}, {"async_save": True, "spike_sigma": 6.0}], ids=["plain", "async-guarded"])
+def test_killed_and_resumed_runs_end_in_the_same_bits(make_config, trainer_command, changes):
+    settings = {"steps": 60, "dtype": "bfloat16", "log_every": 1, "save_every": 3, "eval_every": 20, "micros": 2} | changes
     straight, broken = make_config("straight", **settings), make_config("broken", **settings)
     reference = start(trainer_command(straight))
 
@@ -189,3 +191,64 @@ def test_killed_and_resumed_runs_end_in_the_same_bits(make_config, trainer_comma
         assert (a.path / file).read_bytes() == (b.path / file).read_bytes(), f"{file}, killed after {stop_at} steps"
     assert losses(straight.out) == losses(broken.out), f"killed after {stop_at} steps"
     assert [r["step"] for r in losses(straight.out) if r["kind"] == "train"] == list(range(1, 61))
+
+
+def test_background_saves_hold_the_state_of_their_step(make_config, model_config, tmp_path):
+    """The weights change while the thread writes: what is on disk is what they were."""
+    model, optimizer = pretrain.set_up(make_config(dtype="bfloat16"), model_config, None)
+    started, go = threading.Event(), threading.Event()
+    real = checkpoint.model_io.save
+
+    def slow(*args, **kw):
+        started.set()
+        assert go.wait(20)
+        return real(*args, **kw)
+
+    want = {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch, checkpoint.Saver(tmp_path / "c", background=True) as saver:
+        patch.setattr(checkpoint.model_io, "save", slow)
+        path = saver.save(3, model, optimizer, {"a": 1})
+        assert started.wait(20) and not path.exists(), "save has returned, the writing goes on"
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1)
+        next(iter(optimizer.state_tensors().values())).add_(1)
+        go.set()
+        saver.wait()
+        found = checkpoint.read(path)
+        assert found.step == 3 and found.fields == {"a": 1}
+        got = found.load_model("cpu").state_dict()
+        assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+        stored = checkpoint.load_file(path / "optimizer.safetensors")
+        assert torch.equal(stored["master.model.norm.weight"], want["model.norm.weight"].float())
+
+
+def test_an_error_of_a_background_save_is_raised_by_the_next(make_config, model_config, tmp_path, monkeypatch):
+    model, optimizer = pretrain.set_up(make_config(), model_config, None)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    saver = checkpoint.Saver(tmp_path / "c", background=True)
+    saver.save(1, model, optimizer, {})
+    saver.wait()
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    saver.save(2, model, optimizer, {})
+    with pytest.raises(OSError, match="No space left"):
+        saver.save(3, model, optimizer, {})
+    saver.wait()
+    with pytest.raises(OSError, match="No space left"), saver:
+        saver.save(4, model, optimizer, {})
+    with pytest.raises(KeyError), saver:
+        saver.save(5, model, optimizer, {})
+        raise KeyError("the training's own error comes first")
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step-00000001"], "nothing half-written is left"
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "dtype": "bfloat16"}], ids=str)
+def test_background_or_not_gives_the_same_files(make_config, changes):
+    here, there = make_config("a", **changes), make_config("b", async_save=True, **changes)
+    a, b = pretrain.train(here, quiet=True), pretrain.train(there, quiet=True)
+    for name in ("model.safetensors", "optimizer.safetensors", "config.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert sorted(p.name for p in a.parent.iterdir()) == sorted(p.name for p in b.parent.iterdir())

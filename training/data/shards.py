@@ -90,15 +90,59 @@ def write(
             name, vocab_size, end_of_text, tokenizer_sha256, sum(s[1] for s in shards), sum(s[2] for s in shards),
             n_bytes, tuple(shards),
         )
-        with open(tmp / "index.json", "w") as f:
-            json.dump(asdict(index), f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
+        _write_index(tmp, index)
         tmp.rename(path)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
     return index
+
+
+def merge(path: str | Path, parts: Sequence[str | Path]) -> Index:
+    """A data set of the shards of others, in the order given; they are linked, not copied, where the file system can.
+
+    Raises:
+        FileExistsError: ``path`` exists. ValueError: no parts, or they differ in dtype, vocabulary, end-of-text or
+        tokenizer.
+    """
+    path, parts = Path(path), [Path(p) for p in parts]
+    if path.exists():
+        raise FileExistsError(f"{path} exists; remove it or write the shards elsewhere")
+    if not parts:
+        raise ValueError(f"{path}: no data sets to merge")
+    indices = [read_index(p) for p in parts]
+    kinds = {(i.dtype, i.vocab_size, i.end_of_text, i.tokenizer_sha256) for i in indices}
+    if len(kinds) > 1:
+        raise ValueError(f"{path}: data sets of different kinds cannot be merged (dtype, vocabulary, ...): {sorted(kinds)}")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        found = []
+        for part, index in zip(parts, indices):
+            for file, tokens, documents in index.shards:
+                name = f"{len(found):05d}.tok"
+                try:
+                    os.link(part / file, tmp / name)
+                except OSError:
+                    shutil.copyfile(part / file, tmp / name)
+                found.append((name, tokens, documents))
+        index = Index(
+            *kinds.pop(), *(sum(getattr(i, n) for i in indices) for n in ("n_tokens", "n_documents", "n_bytes")), tuple(found)
+        )
+        _write_index(tmp, index)
+        tmp.rename(path)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    return index
+
+
+def _write_index(folder: Path, index: Index) -> None:
+    with open(folder / "index.json", "w") as f:
+        json.dump(asdict(index), f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def _write_shard(file: Path, parts: list[np.ndarray], dtype: np.dtype, text_bytes: int) -> None:

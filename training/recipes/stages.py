@@ -1,0 +1,287 @@
+"""What the three pre-training stages share: their terms, their scales, and the run of one stage.
+
+A stage file (``stage1.py``, ...) says what the report says; a ``Scale`` says how large everything is. A run takes the
+shards of a build, writes the stage's mixture, trains, and leaves ``model/`` (safetensors, config, tokenizer; loads in
+transformers), ``result.json`` with the held-out loss per domain and language, and for long context the probes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from torch import Tensor
+
+from qwen3_kernels import linear_cross_entropy
+from qwen3_model import load
+from qwen3_model.config import Qwen3Config
+from qwen3_model.model import Qwen3
+from qwen3_model.moe import load_balancing_loss
+from qwen3_model.tokenizer import Tokenizer
+
+from .. import probes
+from ..config import Config
+from ..data import cells as cells_module
+from ..data.mixture import Mixture, of_cells, weights
+from ..data.packing import IGNORE, Batch
+from ..data.shards import TokenShards
+from ..evaluation import HeldOut
+from ..files import write_json
+from ..pretrain import LossFn, train
+from .demo import export
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of the model and of the stages. ``tokens``: of the three stages. The rows of S3 are 8 times those of S1."""
+
+    tokens: tuple[float, float, float]
+    seq_len: int
+    batch_tokens: int
+    lr: float
+    warmup: int  # steps
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    experts: int = 0  # 0: dense
+    experts_per_token: int = 0
+    expert_width: int = 0
+    tie: bool = True
+    initializer_range: float = 0.02
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer_states: Literal["float32", "float32-moments", "bfloat16"] = "float32"
+    recompute: Literal["none", "norm+swiglu", "full"] = "none"
+    micros: int = 1
+    max_epochs: float = 4.0
+    eval_tokens: int = 512  # per cell, while training; 8 times that at the end
+
+    def model(self, vocab_size: int, end_of_text: int) -> Qwen3Config:
+        moe = {"num_experts": self.experts, "num_experts_per_tok": self.experts_per_token,
+               "moe_intermediate_size": self.expert_width} if self.experts else {}
+        return Qwen3Config(
+            vocab_size=vocab_size, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim, rope_theta=10_000, max_position_embeddings=self.seq_len, tie_word_embeddings=self.tie,
+            initializer_range=self.initializer_range, bos_token_id=end_of_text, eos_token_id=end_of_text, **moe,
+        )
+
+
+SCALES = {
+    # Two CPU cores and a few minutes; chosen in docs/LOG.md for the demo.
+    "tiny": Scale(
+        tokens=(700_000, 350_000, 350_000), seq_len=256, batch_tokens=1024, lr=1.5e-2, warmup=20, hidden_size=128, layers=4,
+        heads=2, kv_heads=1, head_dim=64, intermediate_size=384, initializer_range=0.08, optimizer="muon",
+    ),
+    # The same with 8 experts of which a token uses 2, of equal active size.
+    "tiny-moe": Scale(
+        tokens=(700_000, 350_000, 350_000), seq_len=256, batch_tokens=1024, lr=1.5e-2, warmup=20, hidden_size=128, layers=4,
+        heads=2, kv_heads=1, head_dim=64, intermediate_size=384, experts=8, experts_per_token=2, expert_width=192,
+        initializer_range=0.08, optimizer="muon",
+    ),
+    # One H100: 60M parameters. Not run at this size yet.
+    "h100": Scale(
+        tokens=(400e6, 150e6, 60e6), seq_len=4096, batch_tokens=1 << 19, lr=2e-3, warmup=100, hidden_size=512, layers=10,
+        heads=8, kv_heads=4, head_dim=64, intermediate_size=1536, recompute="norm+swiglu", micros=4, eval_tokens=65536,
+    ),
+    "h100-moe": Scale(
+        tokens=(400e6, 150e6, 60e6), seq_len=4096, batch_tokens=1 << 19, lr=2e-3, warmup=100, hidden_size=512, layers=10,
+        heads=8, kv_heads=4, head_dim=64, intermediate_size=1536, experts=16, experts_per_token=2, expert_width=768,
+        recompute="norm+swiglu", micros=1, eval_tokens=65536,
+    ),
+    # The report's tokens on its smallest model. Learning rate and batch are not in the report: see training/scaling.py.
+    "report-0.6b": Scale(
+        tokens=(30e12, 5e12, 300e9), seq_len=4096, batch_tokens=1 << 22, lr=1e-3, warmup=2000, hidden_size=1024, layers=28,
+        heads=16, kv_heads=8, head_dim=128, intermediate_size=3072, recompute="norm+swiglu", micros=64, eval_tokens=65536,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage in the report's terms."""
+
+    name: str
+    title: str
+    seq_len: int
+    tokens: float
+    batch_tokens: int
+    rope_theta: float
+    lr: float  # peak
+    lr_end: float  # at the end, as a share of the peak
+    decay: float  # share of the steps in which the rate falls
+    warmup: int
+    factors: Mapping[str, float] = field(default_factory=dict)  # on the weights of what has these labels
+    long_share: float = 0.0  # share of the tokens from documents of at least half a row; the rest: an eighth to a half
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a stage reads and writes."""
+
+    shards: Path  # of a build: train/, held_out/, cells.json
+    tokenizer: Path
+    out: Path
+    init: Path | None = None  # folder of the model to start from: that of the stage before, or any Qwen3 checkpoint
+    factors: Path | None = None  # search.json, whose factors come on top of the stage's
+
+
+def mixture(stage: Stage, paths: Paths, max_epochs: float) -> tuple[Mixture, dict[str, Any]]:
+    """The stage's mixture, and a record: shares by domain, and factors for labels that the data do not have."""
+    cells = cells_module.read(paths.shards)
+    found = json.loads(paths.factors.read_text())["factors"] if paths.factors else {}
+    known = {f"{name}={getattr(c, name)}" for c in cells for name in cells_module.LABELS}
+    names = found.keys() | stage.factors.keys()
+    factors = {k: found.get(k, 1.0) * stage.factors.get(k, 1.0) for k in names & known}
+    # A long context has few documents: their passes are bounded by the run as a whole, not by cell.
+    bound = 0 if stage.long_share else min(stage.tokens, max_epochs * sum(cells.values()))
+    share = weights(cells, factors, total_tokens=bound, max_epochs=max_epochs)
+    if not stage.long_share:
+        parts = of_cells(paths.shards, share, seq_len=stage.seq_len)
+    else:
+        half, eighth = stage.seq_len // 2, stage.seq_len // 8
+        long = of_cells(paths.shards, share, seq_len=stage.seq_len, min_tokens=half)
+        short = of_cells(paths.shards, share, seq_len=stage.seq_len, min_tokens=eighth, max_tokens=half - 1)
+        parts = (*(replace(p, weight=p.weight * stage.long_share) for p in long),
+                 *(replace(p, weight=p.weight * (1 - stage.long_share)) for p in short))
+    domains: dict[str, float] = {}
+    for p in parts:
+        domain = cells_module.Cell.parse(p.path.name).domain
+        domains[domain] = domains.get(domain, 0.0) + p.weight
+    absent = sorted(names - known)
+    return Mixture(parts), {"domains": domains, "parts": len(parts), "absent": absent}
+
+
+def moe_loss(model: Qwen3, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
+    """Next-token loss and the experts' balancing loss, summed over the kept labels. The balance is that of the batch it
+    is given, so it is the global batch's only where a step is one micro-step on one device."""
+    hidden, router_logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens, return_hidden=True, return_router_logits=True)
+    nats = linear_cross_entropy(
+        hidden, model.head_weight, batch.labels, ignore_index=IGNORE, reduction="sum", z_loss=z_loss
+    )
+    c = model.config
+    balance = load_balancing_loss(router_logits, c.num_experts, c.num_experts_per_tok)
+    return nats + c.router_aux_loss_coef * balance * (batch.labels != IGNORE).sum()
+
+
+def config_of(stage: Stage, scale: Scale, paths: Paths, *, seed: int, device: str) -> Config:
+    steps = max(2, round(stage.tokens / stage.batch_tokens))
+    rows = stage.batch_tokens // stage.seq_len
+    if rows < 1:
+        raise ValueError(f"batch_tokens is {stage.batch_tokens}; expected at least a row of {stage.seq_len} tokens")
+    return Config(
+        data=paths.out / "mixture.json", out=paths.out / "train", tokenizer=paths.tokenizer, init=paths.init, steps=steps,
+        seq_len=stage.seq_len, rows=rows, micros=min(scale.micros, rows), lr=stage.lr, schedule="wsd",
+        warmup=min(stage.warmup, steps // 4), decay=stage.decay, lr_floor=stage.lr_end, optimizer=scale.optimizer,
+        optimizer_states=scale.optimizer_states, recompute=scale.recompute, spike_sigma=6.0, spike_window=64, async_save=True,
+        seed=seed, device=device, eval_every=max(1, steps // 2), log_every=max(1, steps // 20), save_every=max(1, steps // 3),
+        tensorboard=importlib.util.find_spec("tensorboard") is not None,
+    )
+
+
+def run(
+    stage: Stage, scale: Scale, paths: Paths, *, seed: int = 0, device: str = "auto", loss_fn: LossFn | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Runs or resumes a stage and returns what ``result.json`` holds.
+
+    ``loss_fn``: for experts over several micro-steps or devices, where the balance is of the global batch.
+    """
+    done = paths.out / "result.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    tokenizer = Tokenizer.from_file(paths.tokenizer)
+    if paths.init is not None:
+        base = Qwen3Config.from_file(paths.init)
+    else:
+        base = scale.model(tokenizer.vocab_size, tokenizer.token_id("<|endoftext|>"))
+    positions = max(base.max_position_embeddings, stage.seq_len)
+    model_config = replace(base, rope_theta=stage.rope_theta, max_position_embeddings=positions)
+    config = config_of(stage, scale, paths, seed=seed, device=device)
+    if model_config.num_experts and loss_fn is None:
+        if config.micros > 1:
+            raise ValueError(
+                f"a model with experts in {config.micros} micro-steps needs a loss_fn that balances the global batch"
+            )
+        loss_fn = partial(moe_loss, z_loss=config.z_loss)
+    mixed, record = mixture(stage, paths, scale.max_epochs)
+    mixed.write(config.data)
+    console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    shown = ", ".join(f"{d} {100 * w:.0f} %" for d, w in sorted(record["domains"].items(), key=lambda kv: -kv[1]))
+    console.print(f"{stage.name}: {stage.title}; {stage.tokens:,.0f} tokens in rows of {stage.seq_len:,}; {shown}", markup=False)
+    rows = max(1, 4096 // stage.seq_len)
+    held = HeldOut(paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=scale.eval_tokens)
+    final = train(config, model_config=model_config, loss_fn=loss_fn, eval_fn=held, quiet=quiet)
+
+    model = load.load(final, device=config.resolved().device)
+    export(model, paths.tokenizer, paths.out / "model")
+    result = {
+        "stage": asdict(stage), "mixture": record, "steps": config.steps, "parameters": model_config.num_params(),
+        "active": model_config.num_params(active=True),
+        "held_out": HeldOut(paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=8 * scale.eval_tokens)(model),
+    }
+    if stage.long_share:
+        result["probes"] = {stage.name: long_context(model, tokenizer, paths.shards, stage.seq_len, seed)}
+        if paths.init is not None:  # what it had before
+            before = load.load(paths.init, device=config.resolved().device)
+            result["probes"]["before"] = long_context(before, tokenizer, paths.shards, stage.seq_len, seed)
+            result["held_out before"] = HeldOut(
+                paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=8 * scale.eval_tokens)(before)
+    write_json(done, result)
+    return result
+
+
+def long_context(model: Qwen3, tokenizer: Tokenizer, shards: Path, seq_len: int, seed: int) -> dict[str, Any]:
+    """Needles at three depths of three lengths, many shots, and the loss by position in long held-out documents."""
+    largest = max(cells_module.read(shards, "held_out").items(), key=lambda kv: kv[1])[0]
+    data = TokenShards(shards / "held_out" / largest.key)
+    haystack = [t for d in range(len(data)) for t in data.read(d)[:-1].tolist()]
+    lengths = [n for n in (seq_len // 8, seq_len // 2, seq_len) if n <= len(haystack) and n >= 64]
+    where = {"lengths": lengths, "depths": (0.1, 0.5, 0.9)}
+    found = probes.needle(model, tokenizer, haystack, **where, trials=3, seed=seed) if lengths else {}
+    shots = probes.many_shot(model, tokenizer, shots=(0, 4, 16, 64), trials=8, seed=seed)
+    return {
+        "needle": [{"length": n, "depth": d, **asdict(f)} for (n, d), f in found.items()],
+        "many-shot": [{"shots": n, **asdict(f)} for n, f in shots.items()],
+    }
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a stage's command line."""
+
+    shards: Path
+    tokenizer: Path
+    out: Path
+    scale: str = "tiny"
+    init: Path | None = None
+    factors: Path | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ValueError(f"scale is {self.scale!r}; expected one of {tuple(SCALES)}")
+
+
+def command(stage: Any, name: str, description: str | None, args: Sequence[str] | None = None) -> None:
+    """The command line of a stage file."""
+    try:
+        import tyro
+    except ImportError as e:
+        raise SystemExit("tyro is not installed: pip install 'qwen3-kernels[train]'") from e
+    o = tyro.cli(Options, args=args, prog=f"python -m training.recipes.{name}", description=description)
+    scale = SCALES[o.scale]
+    try:
+        result = run(stage(scale), scale, Paths(o.shards, o.tokenizer, o.out, o.init, o.factors), seed=o.seed, device=o.device)
+    except (ValueError, OSError, FloatingPointError) as e:
+        raise SystemExit(f"error: {e}") from e
+    print(f"held-out loss {result['held_out']['loss']:.4f} nats per token; model: {o.out / 'model'}")
