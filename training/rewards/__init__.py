@@ -72,6 +72,10 @@ class SingleTurn:
         raise NotImplementedError
 
 
+EMPTY_BLOCK = 2
+"""Most tokens that the line breaks of an empty think block take, by tokenizer one or two."""
+
+
 def mixed_seed(*parts: object) -> int:
     """63 well-mixed bits that are a function of ``parts``, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
@@ -83,7 +87,7 @@ def rng_of(*parts: object) -> random.Random:
 
 def format_gate(ids: Sequence[int], *, think: int, end_think: int, stop_ids: Sequence[int], thinking: bool) -> float:
     """1 if a turn's ids are one think block, then an answer that ends with a stop token; else 0. With ``thinking`` the block
-    must hold something, without it nothing but line breaks (at most two tokens)."""
+    must hold something, without it nothing but line breaks."""
     ids = list(ids)
     well_formed = (
         len(ids) >= 3 and ids[-1] in stop_ids and ids[0] == think and ids.count(think) == 1 and ids.count(end_think) == 1
@@ -91,4 +95,4 @@ def format_gate(ids: Sequence[int], *, think: int, end_think: int, stop_ids: Seq
     if not well_formed:
         return 0.0
     inside, answer = ids.index(end_think) - 1, len(ids) - 1 - ids.index(end_think) - 1
-    return float((inside > 2) == thinking and answer > 0)
+    return float((inside > EMPTY_BLOCK) == thinking and answer > 0)

@@ -11,8 +11,9 @@ class Chain(SingleTurn):
 
     max_level = 10
 
-    def __init__(self, thinking: bool = True):
-        self.name, self._thinking = ("chain" if thinking else "chain/no_think"), thinking
+    def __init__(self, flag: str = ""):
+        """flag: "", "/think" or "/no_think", written behind the chain."""
+        self.name, self._flag = f"chain{flag}", flag
 
     def problem(self, seed: int, level: int) -> Problem:
         rng = rng_of("chain", seed, level)
@@ -22,11 +23,9 @@ class Chain(SingleTurn):
             sign, digit = rng.choice("+-"), rng.randrange(10)
             value = (value + digit if sign == "+" else value - digit) % 10
             text += f"{sign}{digit}"
-        flag = " /think" if self._thinking else " /no_think"
-        return Problem(
-            self.name, ({"role": "user", "content": text + flag},), {"chain": text, "answer": str(value)}, level,
-            thinking=self._thinking,
-        )
+        message = {"role": "user", "content": f"{text} {self._flag}".strip()}
+        data = {"chain": text, "answer": str(value)}
+        return Problem(self.name, (message,), data, level, thinking=self._flag != "/no_think")
 
     def score(self, problem: Problem, reply: Reply) -> float:
         return float(reply.content.strip() == problem.data["answer"])

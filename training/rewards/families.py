@@ -17,7 +17,8 @@ SCORERS = (MATH_SCORER, GYM_SCORER)
 
 MAKERS: dict[str, Callable[[Pool], Family]] = {
     "chain": lambda pool: Chain(),
-    "chain/no_think": lambda pool: Chain(thinking=False),
+    "chain/think": lambda pool: Chain("/think"),
+    "chain/no_think": lambda pool: Chain("/no_think"),
     "linear_equation": LinearEquation,
     "instructions": lambda pool: Instructions(),
     "instructions/no_think": lambda pool: Instructions(thinking=False),

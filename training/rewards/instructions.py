@@ -106,7 +106,7 @@ _WHOLE = frozenset({"json_keys", "json_object", "all_caps", "all_lowercase", "qu
 _CASE = frozenset({"all_caps", "all_lowercase", "first_word", "title_line", "capital_words", "end_phrase", "section"})
 _JSON = _WHOLE | frozenset({
     "paragraphs", "section", "title_line", "end_phrase", "first_word", "postscript", "capital_words", "bold", "separator",
-    "sentence_count", "question_end", "no_commas", "placeholder", "min_words", "max_words", "two_answers",
+    "sentence_count", "question_end", "no_commas", "placeholder", "min_words", "max_words",
 })
 
 CONSTRAINTS: Mapping[str, Constraint] = {
@@ -115,10 +115,10 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "max_words": Constraint(_number("n", 20, 60, "Write at most {} words."), lambda t, n: len(words(t)) <= n,
                             frozenset({"min_words", "json_keys", "json_object"})),
     "sentence_count": Constraint(_number("n", 2, 5, "Write exactly {} sentences."), lambda t, n: len(sentences(t)) == n,
-                                 _WHOLE | {"paragraphs", "title_line", "postscript", "section", "separator", "two_answers"}),
+                                 _WHOLE | {"paragraphs", "title_line", "postscript", "section", "separator"}),
     "paragraphs": Constraint(_number("n", 2, 4, "Write exactly {} paragraphs, with an empty line between them."),
                              lambda t, n: len(paragraphs(t)) == n, _WHOLE | {"title_line", "postscript", "sentence_count",
-                                                                             "separator", "section", "two_answers"}),
+                                                                             "separator", "section"}),
     "bullets": Constraint(_number("n", 2, 5, 'Give exactly {} bullet points, each a line that starts with "- ".'),
                           lambda t, n: len(bullets(t)) == n, _WHOLE | {"paragraphs", "sentence_count"}),
     "numbered_list": Constraint(

@@ -8,6 +8,7 @@ from typing import Any
 from . import Problem, Reply, SingleTurn, rng_of
 from .sandbox import run
 
+FAILED = "failed:"
 PYTHON = {
     "type": "function",
     "function": {
@@ -48,14 +49,13 @@ class PythonTool(SingleTurn):
             code = call["arguments"].get("code") if call["name"] == "python" else None
             if isinstance(code, str):
                 output = run(code, seconds=self._seconds)
-                results.append({"role": "tool", "content": output.text or f"({output.status}, nothing printed)",
-                                "name": output.status})
+                text = output.text if output.status == "ok" else f"{FAILED} {output.text}"
             else:
-                results.append({"role": "tool", "content": f'unknown call {call["name"]!r}; expected python with "code"',
-                                "name": "error"})
+                text = f'{FAILED} unknown call {call["name"]!r}; expected python with "code"'
+            results.append({"role": "tool", "content": text})
         return results
 
     def score(self, problem: Problem, reply: Reply) -> float:
         right = reply.content.strip().rstrip(".") == str(problem.data["answer"])
-        used = any(m["role"] == "tool" and m.get("name") == "ok" for m in reply.messages)
+        used = any(m["role"] == "tool" and not m["content"].startswith(FAILED) for m in reply.messages)
         return right * (1.0 if used else 0.5)
