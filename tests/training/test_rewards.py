@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import string
 
 import pytest
 
@@ -106,12 +108,16 @@ def test_bad_names(names, words):
 def test_chain():
     problem = Chain().problem(7, 3)
     chain = problem.data["chain"]
-    assert len(chain) == 9 and eval(chain) % 10 == int(problem.data["answer"])
-    assert worked("3+5-2") == "3+5=8-2=6" and worked("0-1") == "0-1=9"
-    assert worked(chain)[-1] == problem.data["answer"] and len(worked(chain)) == 4 * 4 + 1
+    plain = re.sub("[a-z]", "", chain)
+    assert len(chain) == 14 and eval(plain) % 10 == int(problem.data["answer"])
+    letters = re.sub("[^a-z]", "", chain)
+    assert letters in string.ascii_lowercase and len(letters) == 5
+    assert worked("e3f+5g-2") == "3f+5=8g-2=6" and worked("a0b-1") == "0b-1=9"
+    assert worked(chain)[-1] == problem.data["answer"] and len(worked(chain)) == 5 * 4 + 1
     family = Chain("/no_think")
     assert family.problem(7, 3).messages[0]["content"] == f"{chain} /no_think" and not family.problem(7, 3).thinking
     assert [family.score(problem, reply(t)) for t in (problem.data["answer"], f" {problem.data['answer']}\n", "x", chain)] == [1, 1, 0, 0]
+    assert Chain().problem(1, Chain.max_level).data["chain"]
 
 
 # ---- instructions ------------------------------------------------------------------------------------------------------

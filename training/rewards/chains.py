@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import string
+
 from . import Problem, Reply, SingleTurn, rng_of
 
 
 class Chain(SingleTurn):
-    """Numbers of one digit with + and - between them; level l has l + 2 of them. The thinking that solves it writes every
-    sum down before the next one, `3+5=8-2=6`: four characters per step."""
+    """``e3f+5g-2`` is 3 + 5 - 2: one-digit numbers, each behind a letter, the letters in order from a random one on. Level
+    l has l + 2 numbers. The thinking that solves it looks up every term by its letter and writes the sum down before the
+    next one, ``3f+5=8g-2=6``: five tokens per step. The letters are there because a tiny model finds a term by what comes
+    before it long before it learns to count places.
+    """
 
     max_level = 10
 
@@ -17,12 +23,12 @@ class Chain(SingleTurn):
 
     def problem(self, seed: int, level: int) -> Problem:
         rng = rng_of("chain", seed, level)
-        value = rng.randrange(10)
-        text = str(value)
-        for _ in range(level + 1):
+        value, first = rng.randrange(10), rng.randrange(26 - level - 1)
+        text = f"{string.ascii_lowercase[first]}{value}"
+        for letter in string.ascii_lowercase[first + 1 : first + level + 2]:
             sign, digit = rng.choice("+-"), rng.randrange(10)
             value = (value + digit if sign == "+" else value - digit) % 10
-            text += f"{sign}{digit}"
+            text += f"{letter}{sign}{digit}"
         message = {"role": "user", "content": f"{text} {self._flag}".strip()}
         data = {"chain": text, "answer": str(value)}
         return Problem(self.name, (message,), data, level, thinking=self._flag != "/no_think")
@@ -33,8 +39,8 @@ class Chain(SingleTurn):
 
 def worked(chain: str) -> str:
     """The thinking that solves a chain."""
-    value, out = int(chain[0]), chain[0]
-    for sign, digit in zip(chain[1::2], chain[2::2]):
+    value, out = int(chain[1]), chain[1]
+    for letter, sign, digit in re.findall(r"([a-z])([+-])(\d)", chain):
         value = (value + int(digit) if sign == "+" else value - int(digit)) % 10
-        out += f"{sign}{digit}={value}"
+        out += f"{letter}{sign}{digit}={value}"
     return out
