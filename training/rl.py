@@ -37,6 +37,7 @@ from .rollout import Request, Roller, Rollout
 from .samples import Sample, packs
 
 MAX_TILT = 0.9
+WINDOW = 4  # steps that a level's mean reward is taken over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class RLConfig(TrainConfig):
     probe_groups: int = 32
     entropy_band: tuple[float, float] = (0.0, math.inf)  # nats per token
     level: int = 0  # level that every family starts at
-    raise_at: float = 0.6  # mean reward at the level from which on the next one is tried
+    raise_at: float = 0.6  # mean reward at the level above which the next one is tried
     easy_share: float = 0.3  # share of problems from the levels below
     eval_every: int = 0  # steps between evaluations on held-out problems; 0 for none
     eval_problems: int = 64  # per family
@@ -231,16 +232,23 @@ def held_out(families: Mapping[str, Family], levels: Mapping[str, int] | int, co
     ]
 
 
-def raised(levels: dict[str, int], episodes: Iterable[Episode], families: Mapping[str, Family], raise_at: float) -> dict[str, int]:
-    """Levels after a step: one up where the frontier's mean reward passed ``raise_at``."""
+def raised(
+    levels: Mapping[str, int], recent: Mapping[str, Sequence[float]], episodes: Iterable[Episode],
+    families: Mapping[str, Family], raise_at: float,
+) -> tuple[dict[str, int], dict[str, list[float]]]:
+    """(levels, recent) after a step. ``recent`` are the mean rewards at each family's frontier in up to WINDOW steps; when
+    they are that many and their mean has passed ``raise_at``, the level goes up by one and the count starts again."""
     frontier: dict[str, list[float]] = defaultdict(list)
     for e in episodes:
         if e.problem.level == levels[e.problem.family]:
             frontier[e.problem.family].append(e.reward)
-    return {
-        name: min(level + bool(frontier[name] and statistics.fmean(frontier[name]) > raise_at), families[name].max_level)
-        for name, level in levels.items()
-    }
+    new_levels, new_recent = dict(levels), {}
+    for name, level in levels.items():
+        seen = [*recent.get(name, ()), *([statistics.fmean(frontier[name])] if frontier[name] else [])][-WINDOW:]
+        if len(seen) == WINDOW and statistics.fmean(seen) > raise_at and level < families[name].max_level:
+            new_levels[name], seen = level + 1, []
+        new_recent[name] = seen
+    return new_levels, new_recent
 
 
 def tilted(tilt: float, entropy: float, band: tuple[float, float]) -> float:
@@ -316,7 +324,8 @@ def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None,
                    "slots": config.slots}
 
         def begin(run: Run) -> None:
-            run.state = {"levels": {n: min(config.level, f.max_level) for n, f in families.items()}, "tilt": 0.0}
+            run.state = {"levels": {n: min(config.level, f.max_level) for n, f in families.items()}, "recent": {},
+                         "tilt": 0.0}
             probe = dataclasses.replace(config, groups=config.probe_groups)
             episodes = play(run.model, run.tokenizer, families, draw(probe, families, run.state["levels"], -1),
                             repeats=config.group_size, seed=mixed_seed(config.seed, "probe"), **options)
@@ -329,11 +338,12 @@ def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None,
                             seed=mixed_seed(config.seed, "sample", n), **options)
             found = summary(episodes)
             metrics = found | learn(run, episodes, config, n, tilt=tilt)
+            metrics |= {f"level/{k}": v for k, v in levels.items()} | {"tilt": tilt, "timeouts": pool.timeouts}
+            levels, recent = raised(levels, run.state["recent"], episodes, families, config.raise_at)
             run.state = {
-                "levels": raised(levels, episodes, families, config.raise_at),
+                "levels": levels, "recent": recent,
                 "tilt": tilted(tilt, found["sampled_entropy"], config.entropy_band),
             }
-            metrics |= {f"level/{k}": v for k, v in levels.items()} | {"tilt": tilt, "timeouts": pool.timeouts}
             if config.eval_every and ((n + 1) % config.eval_every == 0 or n + 1 == config.steps):
                 run.log.write("eval", n + 1, evaluate(run.model, run.tokenizer, families, config))
             return metrics

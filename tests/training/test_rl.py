@@ -208,10 +208,19 @@ def episodes(rewards, level=1):
 
 def test_levels_rise_when_the_frontier_is_mastered():
     families = {"chain": Length()}
-    assert raised({"chain": 1}, episodes([[1, 1], [1, 0]]), families, 0.6) == {"chain": 2}
-    assert raised({"chain": 1}, episodes([[1, 0], [1, 0]]), families, 0.6) == {"chain": 1}
-    assert raised({"chain": 1}, episodes([[1, 1]], level=0), families, 0.6) == {"chain": 1}, "easier ones do not count"
-    assert raised({"chain": 3}, episodes([[1, 1]], level=3), families, 0.6) == {"chain": 3}, "the highest"
+
+    def after(steps, levels, level=1):
+        levels, recent = {"chain": levels}, {}
+        for _ in range(steps):
+            levels, recent = raised(levels, recent, episodes([[1, 1], [1, 0]], level), families, 0.6)
+        return levels["chain"], len(recent["chain"])
+
+    assert after(rl.WINDOW - 1, 1) == (1, rl.WINDOW - 1), "one lucky step is not enough"
+    assert after(rl.WINDOW, 1) == (2, 0)
+    assert after(rl.WINDOW, 1, level=0) == (1, 0), "easier ones do not count"
+    assert after(rl.WINDOW, 3, level=3)[0] == 3, "the highest"
+    low = raised({"chain": 1}, {"chain": [0.5] * rl.WINDOW}, episodes([[1, 0], [1, 0]]), families, 0.6)
+    assert low == ({"chain": 1}, {"chain": [0.5] * rl.WINDOW})
 
 
 def test_the_mix_keeps_easier_levels(config):

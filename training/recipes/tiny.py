@@ -43,8 +43,8 @@ def texts(count: int, seed: int, longest: int = 4) -> Iterator[str]:
     to ``longest`` numbers, without think blocks."""
     rng, chain = random.Random(seed), Chain()
     for _ in range(count):
-        if rng.random() < 0.3:
-            yield "\n".join(worked(chain.problem(rng.getrandbits(60), 0).data["chain"]) for _ in range(4))
+        if rng.random() < 0.4:
+            yield "\n".join(worked(chain.problem(rng.getrandbits(60), 0).data["chain"])[1:] for _ in range(12))
             continue
         data = chain.problem(rng.getrandbits(60), rng.randint(0, longest - 2)).data
         yield (f"<|im_start|>user\n{data['chain']}<|im_end|>\n<|im_start|>assistant\n"
@@ -65,7 +65,7 @@ def base(
                          end_of_text=tok.token_id("<|endoftext|>"), tokenizer_sha256=file_sha256(file))
     config = Config(
         data=out / "train", eval_data=out / "held_out", tokenizer=file, out=out / "run", steps=steps, seq_len=128, rows=16,
-        lr=3e-3, optimizer="muon", warmup=20, decay=0.6, seed=seed, dtype="float32", eval_every=max(1, steps // 4),
+        lr=5e-3, optimizer="muon", warmup=20, decay=0.5, seed=seed, dtype="float32", eval_every=max(1, steps // 4),
         log_every=max(1, steps // 10), save_every=max(1, steps // 4),
     )
     final = train(config, model_config=model(width, layers), quiet=quiet)

@@ -9,10 +9,11 @@ from . import Problem, Reply, SingleTurn, rng_of
 
 
 class Chain(SingleTurn):
-    """``e3f+5g-2`` is 3 + 5 - 2: one-digit numbers, each behind a letter, the letters in order from a random one on. Level
-    l has l + 2 numbers. The thinking that solves it looks up every term by its letter and writes the sum down before the
-    next one, ``3f+5=8g-2=6``: five tokens per step. The letters are there because a tiny model finds a term by what comes
-    before it long before it learns to count places.
+    """``e3f+2g-1`` is 3 + 2 - 1: a digit and steps of 1 to 3, each behind a letter, the letters in order from a random one
+    on. Level l has l + 2 numbers. The thinking that solves it looks up every term by its letter and writes the whole sum down,
+    ``f3+2=5g5-1=4``: six tokens per step. The letters are there because a tiny model finds a term by what comes before it
+    long before it learns to count places, the sums are whole because it learns them from where they stand alone, and the
+    steps are small because sums of any two digits modulo 10, of which neither says anything alone, took it too long.
     """
 
     max_level = 10
@@ -26,7 +27,7 @@ class Chain(SingleTurn):
         value, first = rng.randrange(10), rng.randrange(26 - level - 1)
         text = f"{string.ascii_lowercase[first]}{value}"
         for letter in string.ascii_lowercase[first + 1 : first + level + 2]:
-            sign, digit = rng.choice("+-"), rng.randrange(10)
+            sign, digit = rng.choice("+-"), rng.randint(1, 3)
             value = (value + digit if sign == "+" else value - digit) % 10
             text += f"{letter}{sign}{digit}"
         message = {"role": "user", "content": f"{text} {self._flag}".strip()}
@@ -39,8 +40,8 @@ class Chain(SingleTurn):
 
 def worked(chain: str) -> str:
     """The thinking that solves a chain."""
-    value, out = int(chain[1]), chain[1]
+    value, out = int(chain[1]), ""
     for letter, sign, digit in re.findall(r"([a-z])([+-])(\d)", chain):
-        value = (value + int(digit) if sign == "+" else value - int(digit)) % 10
-        out += f"{letter}{sign}{digit}={value}"
+        before, value = value, (value + int(digit) if sign == "+" else value - int(digit)) % 10
+        out += f"{letter}{before}{sign}{digit}={value}"
     return out
