@@ -87,26 +87,32 @@ def encode(tokenizer: Tokenizer, messages: Messages, *, tools: Sequence[Mapping[
         raise ValueError("messages: no user query with a reply of the assistant")
 
 
-def flagged(messages: Messages, thinking: bool, rng: random.Random, *, bare: float = 0.3) -> list[dict[str, Any]]:
-    """Conversation with /think or /no_think flags, so that the last one says ``thinking``: behind the last user query or,
-    for one query, in the system turn; earlier queries get random ones. A share ``bare`` of thinking conversations gets no
-    flag at all, as thinking is the default."""
-    messages = [dict(m) for m in messages]
-    queries = [m for m in messages if m["role"] == "user"]
-    if thinking and rng.random() < bare:
-        return messages
-    for m in queries[:-1]:
-        if rng.random() < 0.5:
-            m["content"] += rng.choice((" /think", " /no_think"))
-    flag = "/think" if thinking else "/no_think"
-    if len(queries) == 1 and rng.random() < 0.25:
-        if messages[0]["role"] == "system":
-            messages[0]["content"] += f" {flag}"
-        else:
-            messages.insert(0, {"role": "system", "content": flag})
-    else:
-        queries[-1]["content"] += f" {flag}"
-    return messages
+def flagged(messages: Messages, rng: random.Random, *, bare: float = 0.3, decoys: float = 0.15) -> list[dict[str, Any]]:
+    """The conversation with /think and /no_think flags, so that at every query the last flag fits its reply.
+
+    Flags go behind queries, the first one sometimes into the system turn. Where thinking is what the flags so far (or none)
+    say, a share ``bare`` of queries gets no flag. A share ``decoys`` of those with one has the opposite one before it.
+    """
+    out: list[dict[str, Any]] = []
+    queries = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    ends = dict(zip(queries, [*queries[1:], len(messages)]))
+    for i, message in enumerate(map(dict, messages)):
+        if i in ends:
+            thinks = any(m.get("reasoning_content") for m in messages[i + 1 : ends[i]])
+            as_asked = thinking_mode([*out, message]) == thinks
+            flag, other = ("/think", "/no_think") if thinks else ("/no_think", "/think")
+            if as_asked and (out or thinks) and rng.random() < bare:
+                pass
+            elif i == queries[0] and rng.random() < 0.25:
+                if out:
+                    out[0]["content"] += f" {flag}"
+                else:
+                    out.append({"role": "system", "content": flag})
+            else:
+                decoy = f" {other}" if rng.random() < decoys else ""
+                message["content"] += f"{decoy} {flag}"
+        out.append(message)
+    return out
 
 
 def read(path: Path, tokenizer: Tokenizer) -> list[Sample]:

@@ -7,7 +7,7 @@ import pytest
 from tiny_chat import model, model_folder, tokenizer, vocabulary  # noqa: F401
 
 from qwen3_model import load
-from qwen3_model.chat import encode_chat, thinking_mode
+from qwen3_model.chat import encode_chat
 from training import checkpoint, sft
 from training.log import read_metrics
 from training.samples import Sample
@@ -86,17 +86,19 @@ def test_bad_conversations(tokenizer, messages, words):
         list(encode(tokenizer, messages))
 
 
-def test_flags():
-    rng = random.Random(0)
-    places = set()
-    for i in range(300):
-        thinking = bool(i % 2)
-        turns = [USER, DIRECT] * (i % 3)
-        messages = flagged([*turns, USER], thinking, rng)
-        assert thinking_mode(messages) == thinking
-        text = json.dumps(messages)
-        places.add((messages[0]["role"], "think" in text, text.count("think") > 1))
-    assert {("system", True, False), ("user", False, False), ("user", True, False), ("user", True, True)} <= places
+def test_flags(tokenizer):
+    """Whatever the flags, every query asks for what its reply does (which `encode` checks)."""
+    rng, places = random.Random(0), set()
+    for _ in range(300):
+        turns = [m for _ in range(rng.randint(1, 3)) for m in (USER, rng.choice((THOUGHT, DIRECT)))]
+        system = [{"role": "system", "content": "Be brief."}] * rng.randint(0, 1)
+        messages = flagged([*system, *turns], rng)
+        assert len(list(encode(tokenizer, messages))) == len(turns) // 2
+        first = messages[0]
+        users = [m["content"] for m in messages if m["role"] == "user"]
+        places |= {"system" for _ in (1,) if first["role"] == "system" and "think" in first["content"]}
+        places |= {"bare" for u in users if u == "3+5"} | {"decoy" for u in users if u.count("think") == 2}
+    assert places == {"system", "bare", "decoy"}
     assert "think" not in json.dumps(USER), "the caller's messages are left alone"
 
 

@@ -1,7 +1,7 @@
 """The smallest model that can show the path: chains of sums modulo 10, some 0.3M parameters, and its base training.
 
 The base model is given the skill (each sum, and how a chain is worked through line by line), as reinforcement learning
-sharpens and extends what is there but finds nothing from nothing; it is not given the chat format, nor long chains.
+sharpens and extends what is there but finds nothing from nothing; it is not given think blocks, and few long chains.
 """
 
 from __future__ import annotations
@@ -38,15 +38,19 @@ def model(width: int = 96, layers: int = 3, context: int = 128) -> Qwen3Config:
     )
 
 
-def texts(count: int, seed: int, longest: int = 4) -> Iterator[str]:
-    """Documents: sums; and questions with worked answers, as a corpus with synthetic instructions has them: chains of up
-    to ``longest`` numbers, without think blocks."""
+LENGTHS = {2: 30, 3: 30, 4: 30, 5: 5, 6: 5}  # of chains in the base model's text, and how often: long ones are rare
+
+
+def texts(count: int, seed: int) -> Iterator[str]:
+    """Documents: sums; and questions with worked answers, as a corpus with synthetic instructions has them, without think
+    blocks."""
     rng, chain = random.Random(seed), Chain()
     for _ in range(count):
         if rng.random() < 0.4:
             yield "\n".join(worked(chain.problem(rng.getrandbits(60), 0).data["chain"])[1:] for _ in range(12))
             continue
-        data = chain.problem(rng.getrandbits(60), rng.randint(0, longest - 2)).data
+        (length,) = rng.choices([*LENGTHS], [*LENGTHS.values()])
+        data = chain.problem(rng.getrandbits(60), length - 2).data
         yield (f"<|im_start|>user\n{data['chain']}<|im_end|>\n<|im_start|>assistant\n"
                f"{worked(data['chain'])}\n\n{data['answer']}<|im_end|>\n")
 
