@@ -3,9 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test test-slow doctor clean
+.PHONY: demo qwen3-path recipe-check test test-slow doctor clean
 demo: .venv/demo
 	$(BIN)/python -m training.recipes.demo --out runs/demo
+
+# Post-training, all stages, on a tiny model: about ten minutes; then the same over three seeds, whose claims must hold.
+qwen3-path: .venv/rl
+	$(BIN)/python -m training.recipes.path --out runs/qwen3-path
+
+recipe-check: .venv/rl
+	$(BIN)/python -m training.recipes.path --out runs/recipe-check --seeds 0 1 2 --check
 
 test: .venv/test
 	$(BIN)/python -m pytest -m "not gpu and not slow"
@@ -24,8 +31,12 @@ doctor: .venv/demo
 	$(BIN)/python -m pip install --quiet --editable '.[train,transformers]'
 	touch $@
 
-.venv/test: .venv/demo
-	$(BIN)/python -m pip install --quiet --editable '.[train,transformers,test]'
+.venv/rl: .venv/demo
+	$(BIN)/python -m pip install --quiet --editable '.[train,transformers,rl]'
+	touch $@
+
+.venv/test: .venv/rl
+	$(BIN)/python -m pip install --quiet --editable '.[train,transformers,rl,test]'
 	touch $@
 
 clean:

@@ -99,12 +99,12 @@ def repetition(text: str, n: int = 6) -> float:
 
 
 def consistent(thinking: str, answer: str) -> bool:
-    """Whether the last number of the answer is among those of the last third of the thinking; for an answer without
-    numbers, whether it has a word of five letters or more in common with the thinking. Short answers pass."""
+    """Whether the last number of the answer is one of the last three of the thinking; for an answer without numbers,
+    whether it has a word of five letters or more in common with the thinking. Short answers pass."""
     numbers = _NUMBER.findall(answer)
     if numbers:
-        tail = thinking[-max(len(thinking) // 3, 80) :]
-        return numbers[-1] in _NUMBER.findall(tail) or not _NUMBER.search(thinking)
+        reached = _NUMBER.findall(thinking)
+        return not reached or numbers[-1] in reached[-3:]
     words = set(re.findall(r"\w{5,}", answer.lower()))
     return not words or bool(words & set(re.findall(r"\w{5,}", thinking.lower())))
 

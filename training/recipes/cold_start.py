@@ -27,10 +27,12 @@ def recipe(start: Path, data: Path, out: Path, **changes: Any) -> SFTConfig:
     } | changes))
 
 
-def conversations(candidates: Sequence[Candidate], validation: Validation) -> tuple[list[list[dict[str, Any]]], Counter]:
-    """What passes the filters, as conversations, and the counts of reasons."""
+def conversations(
+    candidates: Sequence[Candidate], validation: Validation, **options: Any
+) -> tuple[list[list[dict[str, Any]]], Counter]:
+    """What passes the filters, as conversations, and the counts of reasons. ``options`` as `filters.response_reason`."""
     queries = {c.query: query_reason(c.query) for c in candidates}
-    kept, counts = cold_start([c for c in candidates if queries[c.query] is None], validation)
+    kept, counts = cold_start([c for c in candidates if queries[c.query] is None], validation, **options)
     counts.update(f"query: {reason}" for reason in queries.values() if reason)
     return [
         [{"role": "user", "content": c.query}, {"role": "assistant", "reasoning_content": c.thinking, "content": c.answer}]

@@ -118,7 +118,7 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
     validation = Validation(p.messages[-1]["content"] for p in held_out(FAMILIES, 2, 64))
     queries = [draw("cold", seed, i, "chain", 2) for i in range(sizes.cold_queries)]
     candidates = cold_start.chain_candidates(queries, seed)
-    talks, funnel = cold_start.conversations(candidates, validation)
+    talks, funnel = cold_start.conversations(candidates, validation, min_thinking=4)  # a sum of two is six characters
     sft.write(out / "cold.jsonl", talks)
     cold = stage("cold start", lambda: sft.fine_tune(
         cold_start.recipe(base, out / "cold.jsonl", out / "cold", **(tune | {"steps": sizes.cold_steps, "lr": 2e-3})), quiet=quiet))
