@@ -26,11 +26,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qwen3_kernels import dispatch
+from qwen3_kernels.ops.moe_router import Plan
 
 TARGET = GPUTarget("cuda", 90, 32)
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
+            torch.int32: "*i32"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,35 @@ def _cross_entropy(n: int, v: int, dtype: torch.dtype, dlse: bool) -> Callable[[
     return calls
 
 
+def _moe_router(n: int, e: int, k: int, dtype: torch.dtype, replay: bool) -> Callable[[], None]:
+    def calls():
+        op = dispatch.backend("moe_router", "triton")
+        logits, ids, mask = meta(n, e, dtype=dtype), meta(n, k, dtype=torch.int64), meta(n, dtype=torch.float32)
+        weights, _, prob_sum, lse = op.forward(logits, k, True, ids if replay else None, mask, True)
+        op.backward(weights, prob_sum, lse, logits, ids, mask, True)
+        op.plan(ids, e)
+
+    return calls
+
+
+def _moe_experts(n: int, d: int, i: int, e: int, k: int, dtype: torch.dtype, backward: bool = True) -> Callable[[], None]:
+    def calls():
+        op = dispatch.backend("moe_experts", "triton")
+        plan = Plan(meta(e + 1, dtype=torch.int32), *(meta(n * k, dtype=torch.int32) for _ in range(3)))
+        x, gate_up, down = meta(n, d, dtype=dtype), meta(e, 2 * i, d, dtype=dtype), meta(e, d, i, dtype=dtype)
+        weights = meta(n, k, dtype=FP32)
+        h, a = op.up(x, gate_up, plan, keep=backward)
+        op.combine(op.down(a, down, plan), weights, plan)
+        if backward:
+            _, dh, a = op.down_backward(x, down, h, weights, plan)
+            op.weight_grad(x, a, plan, down, False, "left")
+            op.weight_grad(dh, x, plan, gate_up, False, "right")
+            op.weight_grad(dh, x, plan, meta(e, 2 * i, d, dtype=FP32), True, "right")
+            op.combine_backward(op.up_backward(dh, gate_up, plan), plan, n)
+
+    return calls
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES: dict[str, dict[str, Callable[[], None]]] = {
     "rms_norm": {
@@ -150,6 +182,18 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "151936 bf16 z-loss": _cross_entropy(8192, 151936, BF16, True),
         "151936 fp32": _cross_entropy(8192, 151936, FP32, False),
     },
+    "moe_router": {
+        "128 top 8 bf16": _moe_router(8192, 128, 8, BF16, False),
+        "128 top 8 bf16 replay": _moe_router(8192, 128, 8, BF16, True),
+        "512 top 10 fp32": _moe_router(8192, 512, 10, FP32, False),
+    },
+    "moe_experts": {
+        "30B T8192 bf16": _moe_experts(8192, 2048, 768, 128, 8, BF16),
+        "30B T1024 bf16": _moe_experts(1024, 2048, 768, 128, 8, BF16),
+        "30B T8 bf16": _moe_experts(8, 2048, 768, 128, 8, BF16, backward=False),
+        "odd bf16": _moe_experts(4096, 1001, 333, 8, 2, BF16),
+        "512 fp32": _moe_experts(1024, 512, 256, 8, 2, FP32),
+    },
 }
 
 
@@ -165,6 +209,8 @@ def compiled(launch: Launch):
             constants[name] = value
         elif isinstance(value, torch.Tensor):
             signature[name], aligned = POINTERS[value.dtype], True
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from qwen3_kernels.ops.cross_entropy import cross_entropy_ref
 from qwen3_kernels.ops.linear_cross_entropy import linear_cross_entropy_ref
+from qwen3_kernels.ops.moe_experts import moe_experts_ref
+from qwen3_kernels.ops.moe_router import moe_router_ref
 from qwen3_kernels.ops.qk_norm_rope import qk_norm_rope_ref
 from qwen3_kernels.ops.rms_norm import rms_norm_ref
 from qwen3_kernels.ops.swiglu import swiglu_ref
@@ -41,6 +43,7 @@ PEERS = {
     "liger": Peer("Liger-Kernel's Triton functions", "liger_kernel", "liger-kernel", cuda_only=True),
     "cce": Peer("Apple's cut-cross-entropy", "cut_cross_entropy", "cut-cross-entropy", cuda_only=True),
     "quack": Peer("QuACK's CuTe kernels", "quack", "quack-kernels", cuda_only=True),
+    "sonic": Peer("SonicMoE's CuTe kernels", "sonicmoe", "sonic-moe", cuda_only=True),
     "fa4": Peer("FlashAttention 4 (CuTe)", "flash_attn.cute", "flash-attn-4", cuda_only=True),
     "sdpa-flash": Peer("torch's flash attention", "torch", "torch"),
     "sdpa-cudnn": Peer("cuDNN attention through torch", "torch", "torch", cuda_only=True),
@@ -359,6 +362,74 @@ def _(context):
                                       max_seqlen_k=longest, causal=True)[0]
 
     return Impl(run)
+
+
+# --- moe_router(logits) -> weights. context: top_k
+
+
+@provides("torch", "moe_router")
+def _(context):
+    def run(logits):
+        weights = logits.softmax(-1, dtype=torch.float32).topk(context["top_k"], dim=-1).values
+        return weights / weights.sum(-1, keepdim=True)
+
+    return Impl(run)
+
+
+@provides("compile", "moe_router")
+def _(context):
+    return _compiled(lambda logits: moe_router_ref(logits, context["top_k"])[0])
+
+
+# --- moe_experts(x, gate_up, down, ids, weights) -> out
+
+
+def _grouped_mm(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """On torch's grouped products, as transformers' implementation of that name."""
+    (N, K), E = ids.shape, gate_up.shape[0]
+    by_expert, order = ids.flatten().sort(stable=True)
+    ends = torch.searchsorted(by_expert, torch.arange(1, E + 1, device=ids.device), out_int32=True)
+    gate, up = torch._grouped_mm(x[order // K], gate_up.mT, ends).chunk(2, -1)
+    y = torch._grouped_mm(F.silu(gate) * up, down.mT, ends)
+    rows = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=ids.device))
+    return (y[rows].view(N, K, -1) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+@provides("torch", "moe_experts")
+def _(context):
+    return Impl(_grouped_mm if context["device"] == "cuda" else moe_experts_ref)
+
+
+@provides("compile", "moe_experts")
+def _(context):
+    return _compiled(_grouped_mm) if context["device"] == "cuda" else None
+
+
+@provides("liger", "moe_experts")
+def _(context):
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    return Impl(lambda x, gate_up, down, ids, weights: LigerFusedMoEFunction.apply(x, gate_up, down, ids, weights),
+                adapt=lambda inputs: inputs | {"ids": inputs["ids"].int()})
+
+
+@provides("sonic", "moe_experts")
+def _(context):
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import TC_topk_router_metadata_triton, _DownProjection, _UpProjection
+
+    def run(x, gate_up, down, ids, weights):
+        (N, K), E = ids.shape, gate_up.shape[0]
+        count, bounds, token, slot, inverse = (
+            torch.empty(n, dtype=torch.int32, device=x.device) for n in (E, E + 1, N * K, N * K, N * K)
+        )
+        TC_topk_router_metadata_triton(ids, E, count, bounds, token, slot, inverse)
+        w1, w2, swiglu = gate_up.permute(1, 2, 0), down.permute(1, 2, 0), ActivationType.SWIGLU
+        plan = (token, slot, inverse, None, False)
+        a, h = _UpProjection.apply(x, w1, None, bounds, N * K, K, *plan, swiglu, not torch.is_grad_enabled(), True)
+        return _DownProjection.apply(a, h, w2, None, weights, bounds, N, K, *plan, swiglu)
+
+    return Impl(run, adapt=lambda inputs: inputs | {"ids": inputs["ids"].int()})
 
 
 def _compiled(fn: Callable) -> Impl:

@@ -1,8 +1,12 @@
 """Drop-in kernels for the Qwen3 family. Each op works on CPU and CUDA, under autograd and torch.compile."""
 
-from .ops import attention, cross_entropy, linear_cross_entropy, linear_kl, qk_norm_rope, rms_norm, swiglu
+from .ops import (
+    attention, cross_entropy, linear_cross_entropy, linear_kl, moe_experts, moe_router, qk_norm_rope, rms_norm, routing_plan,
+    swiglu,
+)
 from .version import __version__
 
 __all__ = [
-    "attention", "cross_entropy", "linear_cross_entropy", "linear_kl", "qk_norm_rope", "rms_norm", "swiglu", "__version__",
+    "attention", "cross_entropy", "linear_cross_entropy", "linear_kl", "moe_experts", "moe_router", "qk_norm_rope",
+    "rms_norm", "routing_plan", "swiglu", "__version__",
 ]

@@ -21,16 +21,21 @@ import torch
 
 OPS = (
     "rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention",
-    "attention_inference",  # attention on CUDA when no gradient will be asked for
+    "moe_router",  # and the routing plan
+    "moe_experts",
 )
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
-# Order of preference. On CUDA, Triton leads: it needs no build and runs everywhere. `attention` uses torch's SDPA there.
+# Order of preference. On CUDA, Triton leads: it needs no build and runs everywhere. What the compiled attention does not
+# take (see cuda/attention.py) goes to torch's.
 PREFERENCE = {
-    "cpu": {op: ("cpu", "torch") for op in OPS if op != "attention_inference"},
+    "cpu": {op: ("cpu", "torch") for op in OPS} | {
+        "moe_router": ("torch",),  # a few sorts of a few hundred numbers
+    },
     "cuda": {op: ("triton", "torch") for op in OPS} | {
-        "attention": ("torch",), "attention_inference": ("cuda", "torch"), "rms_norm": ("triton", "cuda", "torch"),
+        "attention": ("cuda", "torch"), "rms_norm": ("triton", "cuda", "torch"),
         "linear_cross_entropy": ("cuda", "triton", "torch"),  # the compiled one needs Hopper's wgmma
+        "moe_experts": ("cuda", "triton", "torch"),  # as here
     },
 }
 DTYPES = {

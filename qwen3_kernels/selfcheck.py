@@ -13,6 +13,8 @@ from . import dispatch
 from .ops.attention import attention, attention_ref
 from .ops.cross_entropy import cross_entropy, cross_entropy_ref
 from .ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from .ops.moe_experts import moe_experts, moe_experts_ref
+from .ops.moe_router import moe_router, moe_router_ref
 from .ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from .ops.rms_norm import rms_norm, rms_norm_ref
 from .ops.swiglu import swiglu, swiglu_ref
@@ -31,7 +33,6 @@ def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
 
 
 CONSTANTS = frozenset({"cos", "sin"})  # floating arguments that get no gradient
-FORWARD_ONLY = frozenset({"attention_inference"})
 
 
 def run(op: str, backend: str, device: str, dtype: torch.dtype) -> float:
@@ -46,7 +47,7 @@ def run(op: str, backend: str, device: str, dtype: torch.dtype) -> float:
     def check() -> float:
         if index is not None:
             torch.cuda.set_device(index)
-        with torch.set_grad_enabled(op not in FORWARD_ONLY), dispatch.use(backend, op):
+        with torch.enable_grad(), dispatch.use(backend, op):
             return compare(function, ref, inputs_for(op, device, dtype))
 
     try:
@@ -67,8 +68,6 @@ def outputs_and_grads(function: Callable[..., Tensor | tuple[Tensor, ...]], inpu
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in out]
     wanted = [t for t in inputs.values() if t.requires_grad]
-    if not torch.is_grad_enabled():
-        return list(out)
     grads = torch.autograd.grad(out, wanted, cotangents, allow_unused=True)
     return [o.detach() for o in out] + [g for g in grads if g is not None]
 
@@ -113,13 +112,27 @@ def inputs_for(op: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         angle = torch.rand(7, 32, generator=g) * 100
         return {"q": rand(7, 4, 64), "k": rand(7, 2, 64), "q_weight": rand(64), "k_weight": rand(64),
                 "cos": angle.cos().to(device), "sin": angle.sin().to(device)}
-    if op == "attention_inference":
-        cu = torch.tensor([0, 3, 3, 200], dtype=torch.int32, device=device)
-        return {"q": rand(200, 4, 128), "k": rand(200, 2, 128), "v": rand(200, 2, 128), "cu_seqlens": cu}
+    if op == "moe_router":
+        return {"logits": rand(6, 40) * 2}
+    if op == "moe_experts":
+        ids = torch.tensor([[0, 4], [4, 2], [2, 0], [4, 5], [4, 0]], device=device)  # none to 1 and 3, one dropped
+        weights = torch.rand(5, 2, generator=g).to(device)
+        return {"x": rand(5, 64), "gate_up": rand(5, 96, 64) / 8, "down": rand(5, 64, 48) / 7, "ids": ids, "weights": weights}
     if op == "attention":
-        cu = torch.tensor([0, 3, 3, 40], dtype=torch.int32, device=device)
-        return {"q": rand(40, 4, 64), "k": rand(40, 2, 64), "v": rand(40, 2, 64), "cu_seqlens": cu}
+        n, width = (200, 128) if device == "cuda" else (40, 64)  # more than a block; the width that the kernels take
+        cu = torch.tensor([0, 3, 3, n], dtype=torch.int32, device=device)
+        return {"q": rand(n, 4, width), "k": rand(n, 2, width), "v": rand(n, 2, width), "cu_seqlens": cu}
     raise ValueError(f"op is {op!r}; expected one of the ops in dispatch.OPS")
+
+
+def _floats(router: Callable) -> Callable:
+    """The outputs of the router that have gradients, with three experts a token."""
+
+    def run(logits: Tensor) -> tuple[Tensor, ...]:
+        weights, _, stats = router(logits, 3, return_stats=True)
+        return weights, *stats
+
+    return run
 
 
 _PAIRS = {
@@ -128,6 +141,7 @@ _PAIRS = {
     "cross_entropy": (cross_entropy, cross_entropy_ref),
     "linear_cross_entropy": (linear_cross_entropy, linear_cross_entropy_ref),
     "qk_norm_rope": (qk_norm_rope, qk_norm_rope_ref),
+    "moe_router": (_floats(moe_router), _floats(moe_router_ref)),
+    "moe_experts": (moe_experts, moe_experts_ref),
     "attention": (attention, attention_ref),
-    "attention_inference": (attention, attention_ref),
 }

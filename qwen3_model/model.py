@@ -9,6 +9,8 @@ width; F feed-forward width; V vocabulary; E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from . import exact, recompute, rope
 from .cache import KVCache
 from .config import Qwen3Config
 from .inputs import Step, prepare
-from .moe import MoE
+from .moe import MoE, Routing
 from .recompute import qk_norm_rope, rms_norm, swiglu
 
 
@@ -81,12 +83,14 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden_size, config)
         self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config)
 
-    def forward(self, x_TD: Tensor, residual_TD: Tensor | None, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, step: Step, *router: Tensor | bool | None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
         """The stream is carried as two addends, so that each norm also does the addition before it."""
         x_TD, residual_TD = self.input_layernorm(x_TD, residual_TD)
         x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, step), residual_TD)
-        x_TD, router_logits = self.mlp(x_TD)
-        return x_TD, residual_TD, router_logits
+        x_TD, routing = self.mlp(x_TD, *router)
+        return x_TD, residual_TD, routing
 
 
 class Decoder(nn.Module):
@@ -112,8 +116,9 @@ class Qwen3(nn.Module):
 
     def forward(
         self, tokens: Tensor, *, positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
-        cache: KVCache | None = None, return_hidden: bool = False, return_router_logits: bool = False,
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        cache: KVCache | None = None, expert_ids: Sequence[Tensor] | None = None, token_mask: Tensor | None = None,
+        return_hidden: bool = False, return_router_logits: bool = False, return_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]] | tuple[Tensor, tuple[Routing, ...]]:
         """Next-token logits.
 
         Args:
@@ -122,8 +127,12 @@ class Qwen3(nn.Module):
                 document, after the cached tokens. What a token sees depends on its place, not on `positions`.
             cu_seqlens: int32 [documents + 1], cumulative lengths from 0 to N.
             cache: see `KVCache`; the caller advances it afterwards.
+            expert_ids: routing replay: the experts each token is to go through, int64 [N, K] for every MoE layer (as
+                `Routing.expert_ids`); their weights are those of the present router.
+            token_mask: [B, T] or [N]; 0 leaves a token (padding) out of the routers' statistics.
             return_hidden: the states after the final norm (what `head` turns into logits) in place of the logits.
             return_router_logits: also a tuple with [N, E] of every MoE layer, for `moe.load_balancing_loss`.
+            return_routing: also a tuple with the `Routing` of every MoE layer, for `balance` and replay.
 
         Returns: [..., V] (or [..., D]) in the model's dtype, leading dimensions as tokens.
 
@@ -131,13 +140,30 @@ class Qwen3(nn.Module):
         cu_seqlens that do not rise from 0 to N, a cache that overflows; on CUDA these would need a sync.
         """
         step = prepare(self.config, tokens, positions, cu_seqlens, cache, self.inv_freq, self.rope_factor)
-        x_TD, residual_TD, router_logits = self.model.embed_tokens(tokens), None, []
+        replay, mask_N = self._router_inputs(tokens, expert_ids, token_mask, return_router_logits and return_routing)
+        x_TD, residual_TD, routings = self.model.embed_tokens(tokens), None, []
         for layer in self.model.layers:
-            x_TD, residual_TD, logits = recompute.run(self.recompute, layer, x_TD, residual_TD, step)
-            router_logits += [] if logits is None else [logits]
+            router = (next(replay), mask_N, return_routing) if isinstance(layer.mlp, MoE) else ()
+            x_TD, residual_TD, routing = recompute.run(self.recompute, layer, x_TD, residual_TD, step, *router)
+            routings += [] if routing is None else [routing]
         x_TD, _ = self.model.norm(x_TD, residual_TD)
         out = x_TD if return_hidden else self.head(x_TD)
-        return (out, tuple(router_logits)) if return_router_logits else out
+        if return_router_logits:
+            return out, tuple(r.logits for r in routings)
+        return (out, tuple(routings)) if return_routing else out
+
+    def _router_inputs(
+        self, tokens: Tensor, expert_ids: Sequence[Tensor] | None, token_mask: Tensor | None, both: bool
+    ) -> tuple[Iterator[Tensor | None], Tensor | None]:
+        """(one layer's experts after another's, the mask [N])"""
+        layers = sum(isinstance(layer.mlp, MoE) for layer in self.model.layers)
+        if both:
+            raise ValueError("Qwen3: return_router_logits and return_routing are both set; expected one of them")
+        if expert_ids is not None and len(expert_ids) != layers:
+            raise ValueError(f"Qwen3: expert_ids has {len(expert_ids)} entries; expected one for each of {layers} MoE layers")
+        if token_mask is not None and token_mask.shape != tokens.shape:
+            raise ValueError(f"Qwen3: token_mask is {tuple(token_mask.shape)}; expected tokens' shape {tuple(tokens.shape)}")
+        return iter(expert_ids or [None] * layers), None if token_mask is None else token_mask.reshape(-1)
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V]."""

@@ -1,4 +1,4 @@
-"""The mixture-of-experts block, written to be read; and its load-balancing loss.
+"""The mixture-of-experts block, and transformers' load-balancing loss (`balance` has others).
 
 Sources: Qwen3 technical report, section 2 (128 experts, 8 active, no shared expert); Fedus et al. 2021, Switch
 Transformer (arXiv 2101.03961), equations 4 to 6, for the loss.
@@ -7,10 +7,14 @@ Transformer (arXiv 2101.03961), equations 4 to 6, for the loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from qwen3_kernels import moe_experts, moe_router
+from qwen3_kernels.ops import RouterStats
 
 from .config import Qwen3Config
 from .recompute import swiglu
@@ -34,12 +38,20 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
 
 
+class Routing(NamedTuple):
+    """What one block's router did: for replay (`expert_ids`), losses and metrics (`balance`)."""
+
+    logits: Tensor  # [N, E], the model's dtype
+    expert_ids: Tensor  # int64 [N, K]
+    stats: RouterStats | None  # when asked for
+
+
 class MoE(nn.Module):
     """Each token goes through its `num_experts_per_tok` most probable experts; their outputs are summed by weight.
 
     The router's logits are in the model's dtype, its softmax in float32. Equal probabilities go to the lower expert
-    index in "fast", to whichever torch.topk takes in "exact", as in transformers.
-    One host sync per call, to size the groups: not for CUDA graphs.
+    index in "fast", to whichever torch.topk takes in "exact", as in transformers. "exact" runs one expert after another,
+    with a host sync per call to size the groups: not for CUDA graphs.
     """
 
     def __init__(self, config: Qwen3Config):
@@ -48,22 +60,45 @@ class MoE(nn.Module):
         self.renormalise, self.exact = config.norm_topk_prob, config.numerics == "exact"
         self.gate, self.experts = Router(config), Experts(config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., D] -> (output [..., D], router logits [N, E])."""
+    def forward(
+        self, x: Tensor, expert_ids: Tensor | None = None, mask: Tensor | None = None, want_stats: bool = False
+    ) -> tuple[Tensor, Routing]:
+        """x [..., D] -> (output [..., D], routing).
+
+        ``expert_ids`` int64 [N, K] replays a routing: the experts are these, their weights the present router's.
+        """
         x_ND = x.reshape(-1, x.shape[-1])
         logits_NE = F.linear(x_ND, self.gate.weight)
-        weight_NK, expert_NK = self.route(logits_NE)
-        y_NKD = self.run_experts(x_ND, expert_NK)
-        return self.combine(y_NKD, weight_NK, expert_NK).view(x.shape), logits_NE
+        run = self.run_exact if self.exact else self.run_fast
+        y_ND, routing = run(x_ND, logits_NE, expert_ids, mask, want_stats)
+        return y_ND.view(x.shape), routing
 
-    def route(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+    def run_fast(
+        self, x_ND: Tensor, logits_NE: Tensor, expert_ids: Tensor | None, mask: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, Routing]:
+        weight_NK, expert_NK, *stats = moe_router(
+            logits_NE, self.K, renormalise=self.renormalise, expert_ids=expert_ids, mask=mask, return_stats=want_stats
+        )
+        y_ND = moe_experts(x_ND, self.experts.gate_up_proj, self.experts.down_proj, expert_NK, weight_NK)
+        return y_ND, Routing(logits_NE, expert_NK, stats[0] if stats else None)
+
+    # ---- exact: transformers' eager experts, rounding for rounding ---------------------------------------------------
+
+    def run_exact(
+        self, x_ND: Tensor, logits_NE: Tensor, expert_ids: Tensor | None, mask: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, Routing]:
+        weight_NK, expert_NK = self.route(logits_NE, expert_ids)
+        stats = None
+        if want_stats:
+            stats = moe_router(logits_NE, self.K, expert_ids=expert_NK, mask=mask, return_stats=True)[2]
+        y_ND = self.combine(self.run_experts(x_ND, expert_NK), weight_NK, expert_NK)
+        return y_ND, Routing(logits_NE, expert_NK, stats)
+
+    def route(self, logits_NE: Tensor, expert_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(weights [N, K] in the model's dtype, expert indices [N, K])."""
         probs_NE = logits_NE.softmax(-1, dtype=torch.float32)
-        if self.exact:
-            weight_NK, expert_NK = probs_NE.topk(self.K, dim=-1)
-        else:
-            sorted_NE, order_NE = probs_NE.sort(dim=-1, descending=True, stable=True)
-            weight_NK, expert_NK = sorted_NE[:, : self.K], order_NE[:, : self.K]
+        expert_NK = probs_NE.topk(self.K, dim=-1).indices if expert_ids is None else expert_ids
+        weight_NK = probs_NE.gather(1, expert_NK)
         if self.renormalise:
             weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)
         return weight_NK.to(logits_NE.dtype), expert_NK
@@ -80,14 +115,12 @@ class MoE(nn.Module):
         # unbind rather than indexing: its backward stacks the experts' gradients once.
         weights = zip(groups, self.experts.gate_up_proj.unbind(), self.experts.down_proj.unbind())
         y_AD = torch.cat([
-            F.linear(swiglu(F.linear(x, gate_up), exact=self.exact), down) for x, gate_up, down in weights if len(x)
+            F.linear(swiglu(F.linear(x, gate_up), exact=True), down) for x, gate_up, down in weights if len(x)
         ])
         return y_AD[order.argsort()].view(K, N, -1).transpose(0, 1)
 
     def combine(self, y_NKD: Tensor, weight_NK: Tensor, expert_NK: Tensor) -> Tensor:
-        if not self.exact:  # summed in fp32 and in a fixed order: no atomics
-            return (y_NKD.float() * weight_NK.unsqueeze(-1)).sum(1).to(y_NKD.dtype)
-        # transformers adds one expert after another, by index, into a buffer of the model's dtype.
+        """transformers adds one expert after another, by index, into a buffer of the model's dtype."""
         by_index_NK = expert_NK.argsort(-1)
         weighted_NKD = (y_NKD * weight_NK.unsqueeze(-1)).gather(1, by_index_NK.unsqueeze(-1).expand_as(y_NKD))
         out_ND = torch.zeros_like(weighted_NKD[:, 0])

@@ -169,9 +169,8 @@ class _Step:
             products, cheap = products + 2 * m.intermediate_size, cheap + m.intermediate_size
         else:
             A, F, E = m.num_experts_per_tok, m.moe_intermediate_size, m.num_experts
-            products, cheap = products + A * (D + 2 * F), cheap + A * F
-            # The experts' outputs in float32; probabilities, sorted and not, with their order; two orders of tokens.
-            other += 4 * A * D + 16 * E + 16 * A + A * b + 4
+            products += 2 * A * F + E  # gate and up of each expert; the router's logits
+            other += 24 * A  # experts and weights; the plan's rows, tokens and places
         return self.N * ((products + (cheap if policy == "none" else 0)) * b + other)
 
     def flight(self, i: int) -> int:
@@ -182,11 +181,13 @@ class _Step:
             wide = 3 if policy == "norm+swiglu" else 2  # else SwiGLU's own output has just made room for one of them
             return again + self.N * (D + wide * m.intermediate_size) * b
         A, F, E = m.num_experts_per_tok, m.moe_intermediate_size, m.num_experts
-        # Either where the experts' outputs are weighed, in float32, or where the gradients of all experts are stacked.
-        weighing = self.N * (D * b + 4 * D + 8 * A * D)
-        done = A * (4 * D + (2 if policy == "norm+swiglu" else 3) * F * b)  # kept no longer, per token
-        stacking = self.N * (D * b - done) + 4 * E * D * F * b
-        return again + max(weighing, stacking)
+        # The gradient of the output, that of gate_up; then either SwiGLU's part, of every expert of a token, or the sum
+        # of the experts' gradients of the layer's input. On a CPU these are in float32.
+        cpu = self.device == "cpu"
+        acting = A * F * ((16 if b == 4 else 30) if cpu else 3 * b)
+        summing = A * (2 * F + D) * b + (8 * D if cpu else D * b)
+        inputs = D * b * (2 if policy == "norm+swiglu" else 1)
+        return again + self.N * (inputs + max(acting, summing)) + 2 * E * D * F * b
 
     def loss(self) -> int:
         """Within the loss: a chunk's logits and their gradient, and the sum of the head's."""

@@ -11,6 +11,7 @@ SUITES = {
     "qk_norm_rope": "per-head RMSNorm of q and k, then RoPE",
     "loss": "the head and cross-entropy in one, at Qwen3's vocabulary",
     "attention": "causal grouped-query attention, batched and packed",
+    "moe": "experts and router of a mixture, in training and decoding, balanced and skewed",
     "train_step": "a whole training step with optimizer, a process per implementation (CUDA)",
     "generate": "a whole model: prefill, and greedy generation with a KV cache",
 }

@@ -7,6 +7,7 @@ QWEN3_BIND(qk_norm_rope);
 QWEN3_BIND(swiglu);
 QWEN3_BIND(cross_entropy);
 QWEN3_BIND(attention);
+QWEN3_BIND(moe_experts);
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels on raw pointers; use the ops of qwen3_kernels instead.";
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_swiglu(m);
   bind_cross_entropy(m);
   bind_attention(m);
+  bind_moe_experts(m);
 }

@@ -56,6 +56,11 @@ __device__ inline void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
           shared_address(dst)), "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y) : "memory");
 }
+__device__ inline void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+          shared_address(dst)), "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z) : "memory");
+}
 __device__ inline void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int x, int y, int z, int w) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
@@ -67,9 +72,46 @@ __device__ inline void tma_load_multicast(void* dst, const CUtensorMap* map, uin
       "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(dst)), "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y),
       "h"(ranks) : "memory");
 }
+// A run of bytes, a multiple of 16, between addresses that are multiples of 16.
+__device__ inline void bulk_load(void* dst, const void* src, uint64_t* bar, uint32_t bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(dst)), "l"(src), "r"(bytes), "r"(shared_address(bar)) : "memory");
+}
+// From shared memory to global, or added to fp32 sums there; a thread's copies since its last commit are a group.
+__device__ inline void bulk_store(void* dst, const void* src, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(shared_address(src)), "r"(bytes)
+               : "memory");
+}
+__device__ inline void bulk_add(float* dst, const void* src, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
+               "r"(shared_address(src)), "r"(bytes) : "memory");
+}
+__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ inline void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }  // the source is free
+__device__ inline void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }            // and the results are there
+__device__ inline void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar, int x, int y, int z,
+                                          uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(dst)), "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y),
+      "r"(z), "h"(ranks) : "memory");
+}
 __device__ inline void tma_prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+
+// --- cp.async: 16 bytes to shared memory, the first `bytes` of them from global memory, the others zero
+__device__ inline void copy_async(uint32_t dst, const void* src, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+// One of the arrivals that `bar` was initialised with, made when all copies that this thread has begun are there.
+__device__ inline void copy_async_arrive(uint64_t* bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+// What was written to shared memory by ordinary means, by this thread or before a barrier, wgmma and bulk copies see from here on.
+__device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // --- wgmma
 // Shared-memory matrix descriptor of a K-major tile whose rows are 128 bytes, in the 128-byte swizzle that TMA writes.
@@ -91,7 +133,8 @@ template <int PENDING> __device__ inline void wgmma_wait() {
 #define QWEN3_ACC32(d, i) QWEN3_ACC8(d, i), QWEN3_ACC8(d, i + 8), QWEN3_ACC8(d, i + 16), QWEN3_ACC8(d, i + 24)
 
 // d[64 x 256] (+)= a[64 x 16] b[256 x 16]^T, bf16 to fp32. Thread t of the warpgroup holds rows 16 * (t / 32) + t % 32 / 4
-// (+ 8) and columns 8 * j + 2 * (t % 4) (+ 1): d[4 * j + 2 * (row half) + column].
+// (+ 8) and columns 8 * j + 2 * (t % 4) (+ 1): d[4 * j + 2 * (row half) + column]. A_T, B_T: the descriptor is a transposed one.
+template <int A_T = 0, int B_T = 0>
 __device__ inline void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
@@ -104,9 +147,9 @@ __device__ inline void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b,
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-      "%128, %129, p, 1, 1, 0, 0;\n}"
+      "%128, %129, p, 1, 1, %131, %132;\n}"
       : QWEN3_ACC32(d, 0), QWEN3_ACC32(d, 32), QWEN3_ACC32(d, 64), QWEN3_ACC32(d, 96)
-      : "l"(a), "l"(b), "r"(int(accumulate)));
+      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(A_T), "n"(B_T));
 }
 
 #define QWEN3_ACC64_NAMES \
@@ -114,13 +157,14 @@ __device__ inline void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b,
   "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d[64 x 128] (+)= a[64 x 16] b[128 x 16]^T; d as above.
+// d[64 x 128] (+)= a[64 x 16] b[128 x 16]^T; as above.
+template <int A_T = 0, int B_T = 0>
 __device__ inline void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" QWEN3_ACC64_NAMES "}, %64, %65, p, 1, 1, 0, 0;\n}"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" QWEN3_ACC64_NAMES "}, %64, %65, p, 1, 1, %67, %68;\n}"
       : QWEN3_ACC32(d, 0), QWEN3_ACC32(d, 32)
-      : "l"(a), "l"(b), "r"(int(accumulate)));
+      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(A_T), "n"(B_T));
 }
 // d[64 x 128] (+)= a[64 x 16] b[16 x 128], a in registers: rows t % 32 / 4 (+ 8) of 16 a warp, columns 2 * (t % 4) (+ 1) and
 // those + 8, in the order of the accumulators; b's descriptor is a transposed one.
@@ -132,17 +176,35 @@ __device__ inline void wgmma_m64n128k16(float (&d)[64], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
 }
 
+// d[64 x 64] (+)= a[64 x 16] b[64 x 16]^T; as above.
+template <int A_T = 0, int B_T = 0>
+__device__ inline void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, %35, %36;\n}"
+      : QWEN3_ACC32(d, 0)
+      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(A_T), "n"(B_T));
+}
+// Four 8 x 8 matrices of 16 bits, held like accumulators, to the rows of shared memory at whose addresses
+// lanes 8 i to 8 i + 7 point for matrix i.
+__device__ inline void store_matrices(uint32_t row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3]) : "memory");
+}
+
 // Transposes a 4 x 4 of registers among the four threads of a quad: thread q ends with the q-th register of all, so that
 // what was two columns a thread becomes eight in a row.
-__device__ inline void quad_transpose(uint32_t (&r)[4], int q) {
+template <class T> __device__ inline void quad_transpose(T (&r)[4], int q) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(~0u, q & 2 ? r[i] : r[i + 2], 2);
+    const T got = __shfl_xor_sync(~0u, q & 2 ? r[i] : r[i + 2], 2);
     (q & 2 ? r[i] : r[i + 2]) = got;
   }
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, q & 1 ? r[i] : r[i + 1], 1);
+    const T got = __shfl_xor_sync(~0u, q & 1 ? r[i] : r[i + 1], 1);
     (q & 1 ? r[i] : r[i + 1]) = got;
   }
 }

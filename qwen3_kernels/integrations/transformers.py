@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..ops import attention as attention_op
-from ..ops import linear_cross_entropy, qk_norm_rope, rms_norm, swiglu
+from ..ops import linear_cross_entropy, moe_experts, qk_norm_rope, rms_norm, swiglu
 
-NAME = "qwen3_kernels"  # of the attention implementation
+NAME = "qwen3_kernels"  # of the implementations of attention and experts
 OPS = ("rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy", "attention", "experts")
 
 
@@ -118,18 +118,12 @@ def _gate(original: Callable, family: Family) -> Callable:
 
 
 def _experts(original: Callable, family: Family) -> Callable:
+    """In place of every implementation: eager, grouped_mm, batched_mm."""
+
     def forward(self, hidden_states, top_k_index, top_k_weights):
-        if self.config._experts_implementation != "eager" or not _is_silu(self.act_fn):
+        if not _plain_experts(self):
             return original(self, hidden_states, top_k_index, top_k_weights)
-        out = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert == self.num_experts:  # under expert parallelism: not one of this rank's
-                continue
-            token, slot = torch.where(top_k_index == expert)
-            x = swiglu(F.linear(hidden_states[token], self.gate_up_proj[expert]))
-            x = F.linear(x, self.down_proj[expert]) * top_k_weights[token, slot, None]
-            out.index_add_(0, token, x.to(out.dtype))
-        return out
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
     return forward
 
@@ -282,6 +276,26 @@ def attention_mask(*, mask_function: Callable, attention_mask: Tensor | None = N
     return F.pad((~same).expand(kwargs["batch_size"], -1).cumsum(-1), (1, 0))
 
 
+# --- Experts through transformers' interface.
+
+
+def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The implementation "qwen3_kernels" of transformers' ExpertsInterface: hidden_states [N, D], top_k_index and
+    top_k_weights [N, K] -> [N, D]. Indices from ``num_experts`` on, those of other ranks, add nothing.
+
+    Raises ValueError: experts whose activation is not SiLU, or whose weights are not whole [E, 2I, D] and [E, D, I].
+    """
+    if not _plain_experts(module):
+        raise ValueError(f"experts_implementation is {NAME!r}, but {type(module).__name__} has another activation than SiLU, "
+                         "biases, transposed or sharded weights; expected gate_up_proj [E, 2I, D] and down_proj [E, D, I]")
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else module.gate_up_proj.dtype
+    if top_k_weights.dtype not in (dtype, torch.float32):
+        top_k_weights = top_k_weights.float()
+    x, gate_up, down = (t.to(dtype) for t in (hidden_states, module.gate_up_proj, module.down_proj))
+    return moe_experts(x, gate_up, down, top_k_index, top_k_weights).to(hidden_states.dtype)
+
+
 # --- The table, and the questions the replacements ask.
 
 BOTH, CLASS, INSTANCE = {"class", "instance"}, {"class"}, {"instance"}
@@ -343,6 +357,16 @@ def _is_silu(activation: Callable) -> bool:
     return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
+def _plain_experts(experts: nn.Module) -> bool:
+    """SiLU, gate before up, no biases, and each weight one whole tensor."""
+    other = [getattr(experts, name, usual) != usual for name, usual in
+             (("has_gate", True), ("has_bias", False), ("is_transposed", False), ("is_concatenated", True),
+              ("has_post_expert_norm", False))]
+    weights = [getattr(experts, name, None) for name in ("gate_up_proj", "down_proj")]
+    whole = all(isinstance(w, Tensor) and w.dim() == 3 and type(w).__name__ != "DTensor" for w in weights)
+    return whole and not any(other) and _is_silu(experts.act_fn)
+
+
 def _plain_head(model: nn.Module) -> bool:
     """The head is one whole matrix: an ``nn.Linear`` or PEFT's trained copy of one; not LoRA, quantised or sharded."""
     head = model.lm_head
@@ -390,7 +414,8 @@ def apply(
             loss of your own, label smoothing and evaluation keep the logits.
         attention: the implementation "qwen3_kernels" of transformers' AttentionInterface: causal and packed batches;
             sdpa for padding masks, sliding windows and dropout.
-        experts: the activation of the experts. Their matrix products stay transformers'.
+        experts: activation and products of all experts in one op; also registered as the implementation "qwen3_kernels" of
+            transformers' ExpertsInterface. In 4.57, where every expert is a module, its activation.
 
     Raises:
         ValueError: the model is not Qwen3 or Qwen3-MoE, no op or an op without a match was asked for.
@@ -411,10 +436,12 @@ def apply(
         what = "this version of transformers" if model is None else type(model).__name__
         raise ValueError(f"apply: nothing to patch for {', '.join(missing)} in {what}; pass "
                          f"{', '.join(f'{op}=False' for op in missing)} if that is right")
-    if "experts" in patched:
-        notes.append("experts: the activation (eager, batched_mm, grouped_mm); their matrix products are transformers'")
+    if "Qwen3MoeMLP" in patched.get("experts", ()):
+        notes.append("experts: the activation of each; their matrix products are transformers'")
     if attention:
         _register_attention()
+    if experts:
+        _register_experts()
     for swap in swaps:
         swap()
     return Report(None if model is None else type(model).__name__, transformers.__version__, patched, tuple(notes))
@@ -555,13 +582,25 @@ def _register_attention() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    for interface, function in ((AttentionInterface, attention_forward), (AttentionMaskInterface, attention_mask)):
-        table = interface._global_mapping
-        if table.get(NAME) is function:
-            continue
-        before = {NAME: table[NAME]} if NAME in table else None
-        interface.register(NAME, function)
-        _undo.append(functools.partial(table.update, before) if before else functools.partial(table.pop, NAME))
+    _register(AttentionInterface, attention_forward)
+    _register(AttentionMaskInterface, attention_mask)
+
+
+def _register_experts() -> None:
+    try:
+        from transformers.integrations.moe import ExpertsInterface
+    except ImportError:  # 4.57
+        return
+    _register(ExpertsInterface, experts_forward)
+
+
+def _register(interface: type, function: Callable) -> None:
+    table = interface._global_mapping
+    if table.get(NAME) is function:
+        return
+    before = {NAME: table[NAME]} if NAME in table else None
+    interface.register(NAME, function)
+    _undo.append(functools.partial(table.update, before) if before else functools.partial(table.pop, NAME))
 
 
 def _use_attention(config: object) -> None:

@@ -4,12 +4,15 @@ from .attention import attention, attention_ref
 from .cross_entropy import cross_entropy, cross_entropy_ref
 from .linear_cross_entropy import TokenStats, linear_cross_entropy, linear_cross_entropy_ref
 from .linear_kl import linear_kl, linear_kl_ref
+from .moe_experts import moe_experts, moe_experts_ref
+from .moe_router import Plan, RouterStats, moe_router, moe_router_ref, routing_plan
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from .rms_norm import rms_norm, rms_norm_ref
 from .swiglu import swiglu, swiglu_ref
 
 __all__ = [
-    "TokenStats", "attention", "attention_ref", "cross_entropy", "cross_entropy_ref", "linear_cross_entropy",
-    "linear_cross_entropy_ref", "linear_kl", "linear_kl_ref", "qk_norm_rope", "qk_norm_rope_ref", "rms_norm",
-    "rms_norm_ref", "swiglu", "swiglu_ref",
+    "Plan", "RouterStats", "TokenStats", "attention", "attention_ref", "cross_entropy", "cross_entropy_ref",
+    "linear_cross_entropy", "linear_cross_entropy_ref", "linear_kl", "linear_kl_ref", "moe_experts", "moe_experts_ref",
+    "moe_router", "moe_router_ref", "qk_norm_rope", "qk_norm_rope_ref", "rms_norm", "rms_norm_ref", "routing_plan", "swiglu",
+    "swiglu_ref",
 ]

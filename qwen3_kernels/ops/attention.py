@@ -106,7 +106,7 @@ def attention(
         if t is not None and t.dtype != torch.int32:
             raise TypeError(f"attention: {name} is {t.dtype}; expected torch.int32")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    backend = _backend(q, k, v, q_start, scale)
+    backend = _backend(q, k, q_start, scale)
     if backend == "torch" or q.numel() == 0 or k.numel() == 0:
         if return_lse or q.numel() == 0 or k.numel() == 0:
             return attention_ref(
@@ -117,11 +117,9 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _backend(q: Tensor, k: Tensor, v: Tensor, q_start: Tensor | None, scale: float) -> str:
-    if not q.is_cuda or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-        return dispatch.resolve("attention", q.device.type, q.dtype)
-    backend = dispatch.resolve("attention_inference", q.device.type, q.dtype)
-    # The Hopper kernel takes whole sequences, as many keys as queries, and one head width.
+def _backend(q: Tensor, k: Tensor, q_start: Tensor | None, scale: float) -> str:
+    backend = dispatch.resolve("attention", q.device.type, q.dtype)
+    # The Hopper kernels take whole sequences, as many keys as queries, and one head width.
     fits = q.shape[-1] == 128 and q.shape[:-2] == k.shape[:-2] and q_start is None and scale > 0
     return backend if fits or backend != "cuda" else "torch"
 
@@ -180,8 +178,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(out like q, contiguous; lse float32, q's shape without D)."""
-    name = "attention_inference" if backend == "cuda" else "attention"
-    return dispatch.backend(name, backend).forward(q, k, v, cu_seqlens, q_start, causal, scale)
+    return dispatch.backend("attention", backend).forward(q, k, v, cu_seqlens, q_start, causal, scale)
 
 
 @_forward.register_fake

@@ -57,6 +57,16 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def dot(a, b, total):
+    """total + a @ b in fp32, float32 operands as they are. Triton's interpreter multiplies the bits of bf16; there it is
+    widened first."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
 def exp(x, PRECISE: tl.constexpr = False):
     """exp(x). By default one multiply and the hardware's 2^x, whose relative error grows with |x|: 3e-7 at 1, 2e-6 at 20, far
     under bf16's rounding. ``PRECISE`` (for float32 tensors) reduces the argument first: 1e-7 everywhere, 10 more operations.

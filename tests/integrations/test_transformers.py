@@ -40,7 +40,7 @@ def calls(monkeypatch):
 
         return counted
 
-    for name in ("rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy", "attention_op"):
+    for name in ("rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy", "attention_op", "moe_experts"):
         monkeypatch.setattr(integration, name, count(name))
     return seen
 
@@ -86,9 +86,43 @@ def test_experts_alone(implementation, calls):
     truth, plain = step(wide(model), inputs), step(model, inputs)
     report = apply(model, **only("experts"))
     assert report.patched == {"experts": {"Qwen3MoeExperts": 1}}
-    assert any("matrix products are transformers'" in note for note in report.notes)
+    assert report.notes == ()
     check_error_rule(step(model, inputs), plain, truth)
-    assert len(calls["swiglu"]) == (4 if implementation == "eager" else 1)
+    assert len(calls["moe_experts"]) == 1 and "swiglu" not in calls
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 has no interface for experts")
+def test_experts_by_name(calls):
+    """After apply of anything the implementation has a name, and can be asked for alone."""
+    model, inputs = make("moe"), batch()
+    truth, plain = step(wide(model), inputs), step(model, inputs)
+    apply()
+    revert_later = model.config._experts_implementation
+    model.config._experts_implementation = NAME
+    check_error_rule(step(model, inputs), plain, truth)
+    assert len(calls["moe_experts"]) == 1
+    model.config._experts_implementation = revert_later
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 has no interface for experts")
+def test_experts_of_another_kind_are_left_alone(calls):
+    model, inputs = make("moe", hidden_act="gelu"), batch()
+    plain = step(model, inputs)
+    apply(model)
+    torch.testing.assert_close(step(model, inputs)["loss"], plain["loss"])
+    assert "moe_experts" not in calls
+    with pytest.raises(ValueError, match="experts_implementation is 'qwen3_kernels', but Qwen3MoeExperts"):
+        integration.experts_forward(model.model.layers[0].mlp.experts, torch.ones(2, 64), torch.zeros(2, 2).long(), torch.ones(2, 2))
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 has no interface for experts")
+def test_experts_of_other_ranks_add_nothing():
+    """Under expert parallelism their index is the number of experts, their weight 0 or not."""
+    experts = make("moe").model.layers[0].mlp.experts
+    x, index, weights = torch.randn(7, 64), torch.tensor([[0, 4], [4, 4], [3, 1], [2, 4], [4, 0], [1, 2], [4, 3]]), torch.rand(7, 2)
+    want = experts(x, index.clamp(max=3), weights * (index < 4))
+    apply(None, **only("experts"))
+    torch.testing.assert_close(experts(x, index, weights), want)
 
 
 def test_every_op_is_used_once_a_place(calls):
@@ -580,6 +614,8 @@ def everything() -> dict:
                 state |= {(name, k): v for k, v in vars(cls).items() if not k.endswith("_cached_value")}
     state["attention"] = dict(transformers.AttentionInterface._global_mapping)
     state["masks"] = dict(transformers.masking_utils.AttentionMaskInterface._global_mapping)
+    if V5:
+        state["experts"] = dict(transformers.integrations.moe.ExpertsInterface._global_mapping)
     return state
 
 

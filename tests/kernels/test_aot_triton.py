@@ -25,10 +25,22 @@ def rows(tmp_path_factory):
 
 def test_every_kernel_of_every_op_is_compiled(rows):
     found = {(r["op"], r["kernel"]) for r in rows}
-    ops = ("rms_norm", "qk_norm_rope", "swiglu", "cross_entropy")
+    ops = ("rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "moe_router")
     assert found == {(op, kernel) for op in ops for kernel in STREAMING} | {
-        (op, "sum_partials_kernel") for op in ("rms_norm", "qk_norm_rope")
+        (op, "sum_partials_kernel") for op in ("rms_norm", "qk_norm_rope", "moe_router")
+    } | {("moe_router", kernel) for kernel in ("count_kernel", "place_kernel")} | {
+        ("moe_experts", f"{kernel}_kernel") for kernel in
+        ("up", "rows", "down_backward", "weight_grad", "combine", "tiles", "dweights")
     }
+
+
+def test_products_read_in_units_of_16_bytes(rows):
+    """Gathered rows are copied to shared memory while the last step is multiplied, which takes aligned, wide accesses."""
+    products = {"up_kernel", "rows_kernel", "down_backward_kernel", "weight_grad_kernel"}
+    training = [r for r in rows if r["case"] == "30B T8192 bf16" and r["kernel"] in products]
+    assert len(training) == 7
+    for r in training:
+        assert r["shared"] >= 96 * 1024, f"{r['kernel']} holds fewer steps than it was given"
 
 
 def test_nothing_spills(rows):

@@ -44,7 +44,8 @@ def test_against_the_definition(experts, data):
     numerics, norm = data.draw(st.sampled_from(["fast", "exact"])), data.draw(st.booleans())
     block = moe(num_experts=experts, num_experts_per_tok=K, norm_topk_prob=norm, numerics=numerics)
     x = torch.randn(*shape, 48, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
-    y, logits = block(x)
+    y, routing = block(x)
+    logits = routing.logits
     assert y.shape == x.shape and logits.shape == (x.numel() // 48, experts)
     assert relative(y, by_hand(block, x)) <= 1e-5
     assert relative(logits, x.double().reshape(-1, 48) @ block.gate.weight.double().T) <= 1e-5
@@ -62,14 +63,16 @@ def test_gradients_against_the_definition():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ties_go_to_the_lowest_index(dtype):
     """All equal; and equal in two groups, the better one at the end."""
-    block = moe(dtype=dtype, num_experts=8, num_experts_per_tok=3)
-    weight, expert = block.route(torch.zeros(5, 8, dtype=dtype))
-    assert expert.tolist() == [[0, 1, 2]] * 5 and weight.dtype == dtype
-    assert torch.equal(weight, torch.full((5, 3), 1 / 3, dtype=dtype))
-    expert = block.route(torch.tensor([[0, 1, 0, 0, 0, 0, 1, 0]], dtype=dtype))[1]
-    assert expert.tolist() == [[1, 6, 0]]
-    expert = block.route(torch.full((1, 8), float("-inf"), dtype=dtype).index_fill_(1, torch.tensor([5]), 0.0))[1]
-    assert expert.tolist() == [[5, 0, 1]]
+    def chosen(router_row):
+        """What a block with an identity for router, and this row as its token, chooses."""
+        block = moe(dtype=dtype, num_experts=8, num_experts_per_tok=3)
+        with torch.no_grad():
+            block.gate.weight.zero_()[:, :8] = torch.eye(8)
+        return block(torch.cat((router_row.to(dtype), torch.zeros(40, dtype=dtype)))[None])[1].expert_ids.tolist()
+
+    assert chosen(torch.zeros(8)) == [[0, 1, 2]]
+    assert chosen(torch.tensor([0.0, 1, 0, 0, 0, 0, 1, 0])) == [[1, 6, 0]]
+    assert chosen(torch.full((8,), -3e4).index_fill_(0, torch.tensor([5]), 0.0)) == [[5, 0, 1]]
 
 
 def test_ties_of_a_whole_block():
@@ -98,7 +101,7 @@ def test_one_expert_takes_all_tokens(numerics):
 def test_all_experts_chosen_is_a_dense_mixture():
     """K = E: weights are the softmax, renormalised or not, and in the order of their size."""
     for norm in (True, False):
-        block, logits = moe(num_experts_per_tok=6, norm_topk_prob=norm), torch.randn(7, 6)
+        block, logits = moe(num_experts_per_tok=6, norm_topk_prob=norm, numerics="exact"), torch.randn(7, 6)
         weight, expert = block.route(logits)
         assert torch.equal(expert.sort(1).values, torch.arange(6).expand(7, 6))
         torch.testing.assert_close(weight, logits.softmax(-1).gather(1, expert))
@@ -107,22 +110,16 @@ def test_all_experts_chosen_is_a_dense_mixture():
 
 def test_weights_sum_to_one_only_when_renormalised():
     logits = torch.randn(20, 6) * 3
-    torch.testing.assert_close(moe().route(logits)[0].sum(1), torch.ones(20))
-    assert (moe(norm_topk_prob=False).route(logits)[0].sum(1) < 1).all()
-
-
-def test_extreme_router_logits():
-    """Far beyond what exp can hold: the softmax is over differences. All others are then 0, a tie."""
-    weight, expert = moe().route(torch.tensor([[-1e4, 0, 1e4, 9e3, 0, 0], [-3e38, 3e38, 0, 0, 0, 0]]))
-    assert expert.tolist() == [[2, 0], [1, 0]] and torch.equal(weight, torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    torch.testing.assert_close(moe(numerics="exact").route(logits)[0].sum(1), torch.ones(20))
+    assert (moe(norm_topk_prob=False, numerics="exact").route(logits)[0].sum(1) < 1).all()
 
 
 @pytest.mark.parametrize("numerics", ["fast", "exact"])
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 5), (1, 1)])
 def test_no_token_and_one_token(shape, numerics):
     block, x = moe(numerics=numerics), torch.randn(*shape, 48, requires_grad=True)
-    y, logits = block(x)
-    assert y.shape == x.shape and logits.shape == (x.numel() // 48, 6)
+    y, routing = block(x)
+    assert y.shape == x.shape and routing.logits.shape == (x.numel() // 48, 6)
     y.sum().backward()
     assert x.grad.shape == x.shape
 
@@ -136,17 +133,15 @@ def test_tokens_do_not_depend_on_their_batch():
     assert relative(torch.cat([block(row[None])[0] for row in x]), y) <= 1e-6
 
 
-def test_fast_sums_in_fp32():
-    """1 + 2^-8 + 2^-8: adding one after another in bfloat16 loses both small ones. And products are not rounded:
-    (1 + 2^-7)^2 - (1 + 2^-6) is 2^-14, which bfloat16 products lose."""
+def test_exact_sums_in_the_models_dtype():
+    """1 + 2^-8 + 2^-8 in bfloat16 loses both small ones, (1 + 2^-7)^2 - (1 + 2^-6) the square's last digit."""
 
-    def total(y, weight) -> dict[str, float]:
+    def total(y, weight) -> float:
         y, weight = (torch.tensor([t], dtype=torch.bfloat16) for t in (y, weight))
-        expert = torch.arange(weight.shape[1])[None]
-        return {n: moe(numerics=n).combine(y.unsqueeze(-1), weight, expert).item() for n in ("fast", "exact")}
+        return moe(numerics="exact").combine(y.unsqueeze(-1), weight, torch.arange(weight.shape[1])[None]).item()
 
-    assert total([1.0, 2**-8, 2**-8], [1.0, 1.0, 1.0]) == {"fast": 1 + 2**-7, "exact": 1.0}
-    assert total([1 + 2**-7, -1.0], [1 + 2**-7, 1 + 2**-6]) == {"fast": 2**-14, "exact": 0.0}
+    assert total([1.0, 2**-8, 2**-8], [1.0, 1.0, 1.0]) == 1.0
+    assert total([1 + 2**-7, -1.0], [1 + 2**-7, 1 + 2**-6]) == 0.0
 
 
 def test_exact_adds_in_the_order_of_the_experts():
@@ -156,6 +151,51 @@ def test_exact_adds_in_the_order_of_the_experts():
     block = moe(numerics="exact", num_experts_per_tok=3)
     assert block.combine(y, weight, torch.tensor([[3, 4, 5]])).item() == 1 + 2**-7
     assert block.combine(y, weight, torch.tensor([[4, 5, 3]])).item() == 1.0
+
+
+# ---- replay ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+def test_replay_of_the_own_routing_changes_nothing(numerics):
+    model, tokens = ours(EXPERTS, numerics=numerics), torch.randint(96, (2, 7))
+    logits, routing = model(tokens, return_routing=True)
+    assert [r.expert_ids.shape for r in routing] == [(14, 2)] * 3
+    again, replayed = model(tokens, expert_ids=[r.expert_ids for r in routing], return_routing=True)
+    assert torch.equal(again, logits)
+    assert all(torch.equal(a.expert_ids, b.expert_ids) for a, b in zip(replayed, routing))
+
+
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+def test_replayed_experts_get_the_weights_of_the_present_router(numerics):
+    block, x = moe(numerics=numerics), torch.randn(9, 48, requires_grad=True)
+    ids = torch.stack([torch.randperm(6)[:2] for _ in range(9)])
+    y, routing = block(x, ids)
+    assert torch.equal(routing.expert_ids, ids)
+    gate_up, down, router = (w.double() for w in (block.experts.gate_up_proj, block.experts.down_proj, block.gate.weight))
+    want = []
+    for token, chosen in zip(x.double(), ids):
+        probs = (router @ token).softmax(0)[chosen]
+        halves = [(gate_up[e] @ token).chunk(2) for e in chosen]
+        want.append(sum(p / probs.sum() * (down[e] @ (F.silu(g) * u)) for p, e, (g, u) in zip(probs, chosen, halves)))
+    want = torch.stack(want)
+    assert relative(y, want) <= 1e-5
+    inputs = (x, *block.parameters())
+    for g, w in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(want.sum(), inputs)):
+        assert w.abs().max() > 0 and relative(g, w) <= 1e-5
+
+
+def test_bad_replay():
+    model, tokens = ours(EXPERTS), torch.randint(96, (2, 7))
+    ids = [torch.zeros(14, 2, dtype=torch.int64)] * 3
+    for arguments, message in (
+        ({"expert_ids": ids[:2]}, "expert_ids has 2 entries; expected one for each of 3 MoE layers"),
+        ({"expert_ids": [ids[0][:13]] * 3}, r"expert_ids is \(13, 2\); expected \(14, 2\)"),
+        ({"token_mask": torch.ones(14)}, r"token_mask is \(14,\); expected tokens' shape \(2, 7\)"),
+        ({"return_routing": True, "return_router_logits": True}, "both set"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(tokens, **arguments)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,690 @@
+// The experts of a mixture of experts: grouped matrix products on rows sorted by expert, with the gather of tokens in
+// their prologue and SwiGLU, forward and backward, in their epilogue (the decomposition of SonicMoE, arXiv 2512.14080,
+// section 3).
+//
+// One GEMM does them all. A cluster of two CTAs works on a pair of tiles, 128 x 256 each: every CTA has 128 rows (or
+// columns) of its "own" operand, both share 256 of the other, of which each loads one half for the two. Where own rows
+// are gathered, the loading warpgroup copies them one by one with cp.async; all else comes by TMA. Two warpgroups
+// multiply, 64 rows each (128 when the own operand is the right one), and run the epilogue; the second one trails by a
+// few of the four stages, so that one's epilogue hides behind the other's products. Clusters stay and walk over a list
+// of tiles which every thread derives from the plan's offsets, so the host needs to know nothing of the routing.
+//
+//     task            own operand               shared operand          contraction over
+//     up              x[token]         (left)   gate and up, 128 each   d
+//     down            a                (left)   down^T                  i
+//     down_backward   grad[token]      (left)   down                    d
+//     up_backward     dh               (left)   gate_up                 2 i
+//     grad_left       left, gathered   (left)   right                   the expert's rows
+//     grad_right      right, gathered  (right)  left                    the expert's rows
+#include "cuda/moe.h"
+
+#include <algorithm>
+
+#include "cuda/hopper.h"
+
+namespace qwen3::cuda {
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+enum class Task { up, down, down_backward, up_backward, grad_left, grad_right };
+constexpr bool is_gradient(Task t) { return t == Task::grad_left || t == Task::grad_right; }
+constexpr bool is_gathered(Task t) { return t != Task::down && t != Task::up_backward; }
+// Whether the contraction runs down the rows of the shared operand in memory (wgmma's MN-major) or along them.
+constexpr bool is_transposed(Task t) { return t != Task::up && t != Task::down; }
+constexpr int columns_of(Task t) { return t == Task::up ? 128 : 256; }  // of the result that a tile spans
+
+constexpr int kOwn = 128, kShared = 256, kStep = 64, kStages = 4;  // 48 KB a stage
+constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
+constexpr int kLead = 2;  // steps by which the second warpgroup starts after the first; the distance then lasts
+constexpr int kSlab = 64 * kStep * 2;  // bytes of 64 rows x 64 elements, the unit that a transposed operand is made of
+constexpr uint32_t kOwnBytes = kOwn * kStep * 2, kSharedBytes = kShared * kStep * 2;
+constexpr uint32_t kStageBytes = kOwnBytes + kSharedBytes;
+constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8;
+
+struct Gemm {
+  const int32_t *offsets, *slot;
+  const int32_t* index;  // row r of the own operand is row index[r] in memory, where it is gathered
+  int experts, depth;    // depth: length of the contraction (unused by the weight gradients)
+  int columns;           // width of the result (of a half in up); weight gradients: of the shared operand
+  int own_columns;       // weight gradients: width of the own operand
+  Rows own, shared;      // what cp.async reads
+  Rows h;                // down_backward reads
+  Rows out, second;      // up: h and a; down_backward: dh and scaled a
+  const float* weights;
+  float* partial;
+  int64_t out_expert;
+  bool accumulate;
+};
+
+struct Tile {
+  int expert, begin, end;  // the expert's rows
+  int own;                 // first row of the own operand; weight gradients: first column
+  int column;              // first column of the shared operand
+  bool paired;             // whether both CTAs of the cluster have the same expert and column
+};
+
+__device__ inline int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
+
+// The tiles of this CTA's cluster. The columns of a pair of row tiles come one after another, so that what is in flight
+// at a time are whole experts. Of an odd row tile, each CTA takes every second column and loads all it needs itself.
+template <Task TASK> class Walk {
+ public:
+  __device__ Walk(const Gemm& g, int rank) : g_(g), rank_(rank), item_(blockIdx.x / 2) {}
+
+  __device__ bool next(Tile& t) {
+    const int columns = tiles_of(g_.columns, columns_of(TASK));
+    if constexpr (is_gradient(TASK)) {  // as many for every expert
+      const int each = tiles_of(g_.own_columns, 2 * kOwn) * columns;
+      for (; item_ < each * g_.experts; item_ += gridDim.x / 2) {
+        const int expert = item_ / each, i = item_ % each;
+        const int begin = __ldg(g_.offsets + expert), end = __ldg(g_.offsets + expert + 1);
+        if (begin == end && g_.accumulate) continue;
+        t = {expert, begin, end, (i / columns * 2 + rank_) * kOwn, i % columns * columns_of(TASK), true};
+        item_ += gridDim.x / 2;
+        return true;
+      }
+    } else {
+      for (; expert_ < g_.experts; ++expert_) {
+        const int begin = __ldg(g_.offsets + expert_), end = __ldg(g_.offsets + expert_ + 1);
+        const int row_tiles = tiles_of(end - begin, kOwn);
+        const int pairs = row_tiles / 2 * columns, single = row_tiles % 2 * tiles_of(columns, 2), i = item_ - before_;
+        if (i < pairs + single) {
+          const bool paired = i < pairs;
+          const int tile = paired ? i / columns * 2 + rank_ : row_tiles - 1;
+          const int column = paired ? i % columns : (i - pairs) * 2 + rank_;
+          t = {expert_, begin, end, begin + tile * kOwn, column * columns_of(TASK), paired};
+          item_ += gridDim.x / 2;
+          return true;
+        }
+        before_ += pairs + single;
+      }
+    }
+    return false;
+  }
+
+ private:
+  const Gemm& g_;
+  const int rank_;
+  int item_, expert_ = 0, before_ = 0;  // before_: items of the experts before expert_
+};
+
+// Steps of kStep along the contraction. An expert without rows has one step of zeros in the weight gradients.
+template <Task TASK> __device__ inline int steps_of(const Gemm& g, const Tile& t) {
+  return is_gradient(TASK) ? max(tiles_of(t.end - t.begin, kStep), 1) : tiles_of(g.depth, kStep);
+}
+
+// --- the loading warpgroup
+
+// Its thread copies the 16 bytes `chunk` of rows line + 16 i, into the 128-byte swizzle that TMA writes.
+struct Copier {
+  const int line = threadIdx.x / 8, chunk = threadIdx.x % 8;
+  const uint32_t offset = line * 128 + (chunk ^ line % 8) * 16;
+};
+
+// Slabs of 64 columns, 64 rows from `row` on, zeros from `end` on. `wait` is called once the row numbers are known.
+template <int SLABS, class Wait>
+__device__ inline void copy_slabs(uint8_t* dst, const Rows& from, const int32_t* index, int row, int end, int column,
+                                  int width, Wait wait) {
+  const Copier c;
+  int rows[kStep / 16];
+#pragma unroll
+  for (int i = 0; i < kStep / 16; ++i) {
+    rows[i] = row + c.line + 16 * i;
+    rows[i] = rows[i] >= end ? -1 : index ? __ldg(index + rows[i]) : rows[i];
+  }
+  wait();
+  column += c.chunk * 8;
+  const uint32_t to = shared_address(dst) + c.offset;
+  const bf16* const data = static_cast<const bf16*>(from.data);
+#pragma unroll
+  for (int i = 0; i < kStep / 16; ++i) {
+    const bf16* const at = data + max(rows[i], 0) * from.stride + column;
+#pragma unroll
+    for (int s = 0; s < SLABS; ++s) {
+      const bool live = rows[i] >= 0 && column + 64 * s < width;
+      copy_async(to + s * kSlab + i * 2048, live ? at + 64 * s : data, live ? 16 : 0);
+    }
+  }
+}
+
+// --- the multiplying warpgroups
+
+// One step of 64 along the contraction.
+template <Task TASK>
+__device__ inline void products(float (&acc)[128], const uint8_t* own, const uint8_t* shared, int consumer, bool add) {
+  if constexpr (TASK == Task::grad_right) {
+    auto& low = reinterpret_cast<float (&)[64]>(acc[0]);
+    auto& high = reinterpret_cast<float (&)[64]>(acc[64]);
+    const uint64_t a = matrix_descriptor_transposed(shared + 2 * consumer * kSlab, kSlab),
+                   b = matrix_descriptor_transposed(own, kSlab);
+#pragma unroll
+    for (int i = 0; i < kStep / 16; ++i) {
+      wgmma_m64n128k16<1, 1>(low, a + 128 * i, b + 128 * i, add || i > 0);
+      wgmma_m64n128k16<1, 1>(high, a + kSlab / 16 + 128 * i, b + 128 * i, add || i > 0);
+    }
+  } else {
+    constexpr int kTransposedA = is_gradient(TASK), kTransposedB = is_transposed(TASK);
+    const uint8_t* const own_half = own + consumer * (kOwnBytes / 2);
+    const uint64_t a = kTransposedA ? matrix_descriptor_transposed(own_half, kSlab) : matrix_descriptor(own_half);
+    const uint64_t b = kTransposedB ? matrix_descriptor_transposed(shared, kSlab) : matrix_descriptor(shared);
+#pragma unroll
+    for (int i = 0; i < kStep / 16; ++i)
+      wgmma_m64n256k16<kTransposedA, kTransposedB>(acc, a + (kTransposedA ? 128 : 2) * i,
+                                                   b + (kTransposedB ? 128 : 2) * i, add || i > 0);
+  }
+}
+
+__device__ inline uint32_t pack(float x, float y) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ inline float2 unpack(uint32_t x) { return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x)); }
+
+// 32 columns of a row among the 4 threads of a quad: the products leave thread q the pairs of columns 8 i + 2 q (+ 1);
+// to and from memory go the 8 columns from 8 q on.
+__device__ inline void store8(bf16* row, const uint32_t (&pairs)[4], int q, bool live) {
+  if (live) *reinterpret_cast<uint4*>(row + 8 * q) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+// The products' own numbers acc[16 block + 4 i + 2 half (+ 1)], as 8 columns.
+__device__ inline void gather8(const float (&acc)[128], int block, int half, int q, float2 (&x)[4]) {
+  float even[4], odd[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    even[i] = acc[16 * block + 4 * i + 2 * half], odd[i] = acc[16 * block + 4 * i + 2 * half + 1];
+  quad_transpose(even, q), quad_transpose(odd, q);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = {even[i], odd[i]};
+}
+// The same rounded to bf16, at half the cost.
+__device__ inline void gather8(const float (&acc)[128], int block, int half, int q, uint32_t (&pairs)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = pack(acc[16 * block + 4 * i + 2 * half], acc[16 * block + 4 * i + 2 * half + 1]);
+  quad_transpose(pairs, q);
+}
+__device__ inline bf16* element(const Rows& r, int64_t row, int64_t column) {
+  return static_cast<bf16*>(r.data) + row * r.stride + column;
+}
+__device__ inline float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+
+// Where a thread's results lie: acc[16 g + 4 i + 2 half (+ 1)] is row + 8 half, column + 32 g + 8 i + 2 q (+ 1).
+struct Place {
+  int row, column, q;
+};
+
+__device__ inline void store_up(const Gemm& g, const Tile& t, const Place& p, const float (&acc)[128]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = p.row + 8 * half;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int column = p.column + 32 * j;
+      const bool live = row < t.end && column + 8 * p.q < g.columns;
+      uint32_t gate[4], up[4], product[4];
+      gather8(acc, j, half, p.q, gate), gather8(acc, j + 4, half, p.q, up);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack(gate[i]), y = unpack(up[i]);  // rounded, as the backward will read them
+        product[i] = pack(x.x * sigmoid(x.x) * y.x, x.y * sigmoid(x.y) * y.y);
+      }
+      store8(element(g.out, row, column), gate, p.q, live);
+      store8(element(g.out, row, g.columns + column), up, p.q, live);
+      store8(element(g.second, row, column), product, p.q, live);
+    }
+  }
+}
+
+__device__ inline void store_rows(const Gemm& g, const Tile& t, const Place& p, const float (&acc)[128]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = p.row + 8 * half;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      uint32_t pairs[4];
+      gather8(acc, j, half, p.q, pairs);
+      store8(element(g.out, row, p.column + 32 * j), pairs, p.q,
+             row < t.end && p.column + 32 * j + 8 * p.q < g.columns);
+    }
+  }
+}
+
+// What the epilogue of down_backward reads of h: asked into L2 when the tile begins, then kAhead blocks of 32 columns
+// are on their way while one is worked on, the first ones since before the products were done.
+class Activations {
+ public:
+  // All the lines of 128 bytes that a warpgroup's 64 rows from `row` on have there, 4 a thread.
+  static __device__ void prefetch(const Gemm& g, const Tile& t, int row) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int line = threadIdx.x % 128 + 128 * i, r = row + line / 8, column = t.column + line % 4 * 64;
+      if (r < t.end && column < g.columns) prefetch_l2(element(g.h, r, column + line / 4 % 2 * g.columns));
+    }
+  }
+  __device__ Activations(const Gemm& g, const Tile& t, const Place& p) : g_(g), t_(t), p_(p) {
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) load(n);
+  }
+  // Block n of 16: half n / 8, columns from 32 (n % 8).
+  __device__ void take(int n, uint32_t (&gate)[4], uint32_t (&up)[4]) {
+    const uint4 &x = gate_[n % kAhead], &y = up_[n % kAhead];
+    gate[0] = x.x, gate[1] = x.y, gate[2] = x.z, gate[3] = x.w;
+    up[0] = y.x, up[1] = y.y, up[2] = y.z, up[3] = y.w;
+    if (n + kAhead < 16) load(n + kAhead);
+  }
+
+ private:
+  static constexpr int kAhead = 2;
+  __device__ void load(int n) {
+    const int row = p_.row + n / 8 * 8, column = p_.column + n % 8 * 32 + 8 * p_.q;
+    gate_[n % kAhead] = up_[n % kAhead] = make_uint4(0, 0, 0, 0);
+    if (row < t_.end && column < g_.columns) {
+      const bf16* const at = element(g_.h, row, column);
+      gate_[n % kAhead] = *reinterpret_cast<const uint4*>(at);
+      up_[n % kAhead] = *reinterpret_cast<const uint4*>(at + g_.columns);
+    }
+  }
+  const Gemm& g_;
+  const Tile& t_;
+  const Place& p_;
+  uint4 gate_[kAhead], up_[kAhead];
+};
+
+__device__ inline void store_down_backward(const Gemm& g, const Tile& t, const Place& p, const float (&weight)[2],
+                                           Activations& activations, const float (&acc)[128]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = p.row + 8 * half;
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int column = p.column + 32 * j;
+      const bool live = row < t.end && column + 8 * p.q < g.columns;
+      uint32_t gate[4], up[4], scaled[4];
+      float2 da[4];
+      activations.take(8 * half + j, gate, up);
+      gather8(acc, j, half, p.q, da);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack(gate[i]), y = unpack(up[i]);
+        float dx[2], dy[2], a[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float v = c ? x.y : x.x, u = c ? y.y : y.x, d = c ? da[i].y : da[i].x;
+          const float s = sigmoid(v), silu = v * s, product = silu * u, scaled_da = weight[half] * d;
+          sum = fmaf(d, product, sum);
+          a[c] = weight[half] * product;
+          dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
+          dy[c] = scaled_da * silu;
+        }
+        scaled[i] = pack(a[0], a[1]), gate[i] = pack(dx[0], dx[1]), up[i] = pack(dy[0], dy[1]);
+      }
+      bf16* const to = element(g.out, row, 0) + column;
+      store8(to, gate, p.q, live);
+      store8(to + g.columns, up, p.q, live);
+      store8(element(g.second, row, column), scaled, p.q, live);
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const int tiles = tiles_of(g.columns, columns_of(Task::down_backward));
+    if (p.q == 0 && row < t.end && p.column < g.columns)
+      g.partial[row * tiles + p.column / columns_of(Task::down_backward)] = sum;
+  }
+}
+
+// BLOCK columns by 64 rows of the result, then the next 64 rows: 256 columns, or twice 128.
+template <int BLOCK, class Out>
+__device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Place& p, int height, int width,
+                                         const float (&acc)[128]) {
+  Out* const out = static_cast<Out*>(g.out.data) + t.expert * g.out_expert;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int64_t row = p.row + 8 * half + j / (BLOCK / 32) * 64;
+      const int column = p.column + j % (BLOCK / 32) * 32;
+      Out* const at = out + row * g.out.stride + column;
+      if constexpr (sizeof(Out) == 4) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (row >= height || column + 8 * i >= width) continue;
+          auto& to = *reinterpret_cast<float2*>(at + 8 * i + 2 * p.q);
+          float2 x = g.accumulate ? to : make_float2(0, 0);
+          x.x += acc[16 * j + 4 * i + 2 * half], x.y += acc[16 * j + 4 * i + 2 * half + 1];
+          to = x;
+        }
+      } else {
+        const bool live = row < height && column + 8 * p.q < width;
+        uint32_t pairs[4];
+        if (g.accumulate) {
+          const uint4 old = live ? *reinterpret_cast<const uint4*>(at + 8 * p.q) : make_uint4(0, 0, 0, 0);
+          const float2 before[4] = {unpack(old.x), unpack(old.y), unpack(old.z), unpack(old.w)};
+          float2 x[4];
+          gather8(acc, j, half, p.q, x);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) pairs[i] = pack(before[i].x + x[i].x, before[i].y + x[i].y);
+        } else {
+          gather8(acc, j, half, p.q, pairs);
+        }
+        store8(at, pairs, p.q, live);
+      }
+    }
+  }
+}
+
+// --- the kernel
+
+template <Task TASK, class Out>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
+    gemm_kernel(const __grid_constant__ CUtensorMap own_map, const __grid_constant__ CUtensorMap shared_map,
+                const __grid_constant__ Gemm g) {
+  constexpr bool kGathered = is_gathered(TASK), kGradient = is_gradient(TASK);
+  extern __shared__ uint8_t raw[];
+  uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
+  uint64_t* const empty = full + kStages;
+  const auto own_tile = [&](int stage) { return stages + stage * kStageBytes; };
+  const auto shared_tile = [&](int stage) { return own_tile(stage) + kOwnBytes; };
+
+  const uint32_t rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    if (!kGathered) tma_prefetch_map(&own_map);
+    tma_prefetch_map(&shared_map);
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(full + i, kGathered ? 129 : 1);
+      barrier_init(empty + i, 2 * kConsumers);
+    }
+    barrier_init_fence();
+  }
+  cluster_sync();
+
+  Walk<TASK> walk(g, rank);
+  Tile t{};
+  int stage = 0;
+  uint32_t phase = 0;
+  const auto next_stage = [&] {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  };
+
+  if (threadIdx.x < 128) {
+    registers_release<56>();  // 56 + 2 x 224 = 3 x 168, what a thread of three warpgroups starts with
+    const auto load_shared_half = [&](int half, int k, auto load) {  // load: of a box, at (x, y, z)
+      if constexpr (is_transposed(TASK)) {
+        for (int slab = 2 * half; slab < 2 * half + 2; ++slab)
+          load(shared_tile(stage) + slab * kSlab, t.column + 64 * slab, (kGradient ? t.begin : 0) + k * kStep,
+               kGradient ? 0 : t.expert);
+      } else {
+        load(shared_tile(stage) + half * (kSharedBytes / 2), k * kStep,
+             t.column + half * (TASK == Task::up ? g.columns : kShared / 2), t.expert);
+      }
+    };
+    const auto load_by_tma = [&](int k) {
+      barrier_expect_bytes(full + stage, kSharedBytes + (kGathered ? 0 : kOwnBytes));
+      if (!kGathered) tma_load(own_tile(stage), &own_map, full + stage, k * kStep, t.own, 0);
+      if (t.paired) {
+        load_shared_half(rank, k, [&](uint8_t* dst, int x, int y, int z) {
+          tma_load_multicast(dst, &shared_map, full + stage, x, y, z, 3);
+        });
+      } else {
+        for (int half = 0; half < 2; ++half) {
+          load_shared_half(half, k, [&](uint8_t* dst, int x, int y, int z) {
+            tma_load(dst, &shared_map, full + stage, x, y, z);
+          });
+        }
+      }
+    };
+
+    while ((kGathered || threadIdx.x == 0) && walk.next(t)) {
+      const int steps = steps_of<TASK>(g, t);
+      if constexpr (kGradient) {
+        for (int k = 0; k < steps; ++k) {
+          const int row = t.begin + k * kStep;
+          copy_slabs<2>(own_tile(stage), g.own, g.index, row, t.end, t.own, g.own_columns,
+                        [&] { barrier_wait(empty + stage, phase ^ 1); });
+          if (row + kStep <= t.end) {
+            if (threadIdx.x == 0) load_by_tma(k);
+          } else {  // beyond the expert's rows lie those of the next, or nothing: both operands must be zero there
+            copy_slabs<4>(shared_tile(stage), g.shared, nullptr, row, t.end, t.column, g.columns, [] {});
+            if (threadIdx.x == 0) barrier_arrive(full + stage);
+          }
+          copy_async_arrive(full + stage);
+          next_stage();
+        }
+      } else if constexpr (kGathered) {
+        const Copier c;
+        const bf16* rows[kOwn / 16];
+#pragma unroll
+        for (int i = 0; i < kOwn / 16; ++i) {
+          const int row = t.own + c.line + 16 * i;
+          rows[i] = row < t.end ? element(g.own, __ldg(g.index + row), c.chunk * 8) : nullptr;
+        }
+        for (int k = 0; k < steps; ++k) {
+          barrier_wait(empty + stage, phase ^ 1);
+          if (threadIdx.x == 0) load_by_tma(k);
+          const uint32_t to = shared_address(own_tile(stage)) + c.offset;
+          const bool inside = k * kStep + c.chunk * 8 < g.depth;
+#pragma unroll
+          for (int i = 0; i < kOwn / 16; ++i) {
+            const bool live = inside && rows[i];
+            copy_async(to + i * 2048, live ? rows[i] + k * kStep : g.own.data, live ? 16 : 0);
+          }
+          copy_async_arrive(full + stage);
+          next_stage();
+        }
+      } else {
+        for (int k = 0; k < steps; ++k) {
+          barrier_wait(empty + stage, phase ^ 1);
+          load_by_tma(k);
+          next_stage();
+        }
+      }
+    }
+  } else {
+    registers_take<224>();
+    const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
+    const auto release = [&](int s) {
+      if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
+    };
+    float acc[128];
+    for (bool first = true; walk.next(t); first = false) {
+      const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(kLead, steps) - 1 : -1;
+      if (first && consumer == 1) named_sync(1, 256);
+      // Nothing but padding: no products, and the other warpgroup has the tensor cores for itself.
+      if (!kGradient && t.own + consumer * 64 >= t.end) {
+        // One warp for all: without products to keep them together, one that is late from the last epilogue could find that
+        // a barrier has gone round twice.
+        for (int k = 0; k < steps; ++k) {
+          if (warp == 0) barrier_wait(full + stage, phase), release(stage);
+          next_stage();
+        }
+        named_sync(2 + consumer, 128);
+        continue;
+      }
+      const Place own{t.own + consumer * 64 + warp * 16 + lane / 4, t.column, q};
+      float weight[2];  // read before the products, which hide the latency
+      if constexpr (TASK == Task::down_backward) {
+        Activations::prefetch(g, t, t.own + consumer * 64);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          weight[half] = own.row + 8 * half < t.end ? __ldg(g.weights + __ldg(g.slot + own.row + 8 * half)) : 0;
+      }
+      int before = 0;
+      for (int k = 0; k < steps; ++k) {
+        barrier_wait(full + stage, phase);
+        if (kGathered) async_proxy_fence();
+        wgmma_fence();
+        products<TASK>(acc, own_tile(stage), shared_tile(stage), consumer, k > 0);
+        wgmma_commit();
+        if (k == lead) named_arrive(1, 256);
+        if (k > 0) {  // the products of the step before are done: its stage goes back to both producers
+          wgmma_wait<1>();
+          release(before);
+        }
+        before = stage;
+        next_stage();
+      }
+      if constexpr (TASK == Task::down_backward) {
+        Activations activations(g, t, own);
+        wgmma_wait<0>();
+        release(before);
+        store_down_backward(g, t, own, weight, activations, acc);
+      } else {
+        wgmma_wait<0>();
+        release(before);
+        if constexpr (TASK == Task::up) store_up(g, t, own, acc);
+        else if constexpr (TASK == Task::grad_left)
+          store_weight_grad<256, Out>(g, t, own, g.own_columns, g.columns, acc);
+        else if constexpr (TASK == Task::grad_right)
+          store_weight_grad<128, Out>(g, t, {t.column + consumer * 128 + warp * 16 + lane / 4, t.own, q}, g.columns,
+                                      g.own_columns, acc);
+        else store_rows(g, t, own, acc);
+      }
+    }
+  }
+  cluster_sync();  // a CTA must not leave while its partner may still signal its barriers
+}
+
+// --- without tensor cores
+
+__global__ void sum_partials(MoePlan p, int tiles, const float* partial, float* dweights) {
+  const int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (r >= p.rows) return;
+  float sum = 0;
+  if (r < p.offsets[p.experts])
+    for (int i = 0; i < tiles; ++i) sum += partial[r * tiles + i];
+  dweights[p.slot[r]] = sum;
+}
+
+// A thread per 8 columns of a token.
+template <bool WEIGHTED>
+__global__ void combine_kernel(MoePlan p, int64_t tokens, int k, int chunks, Rows y, const int32_t* inverse,
+                               const float* weights, Rows out) {
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, token = thread / chunks;
+  const int column = int(thread % chunks) * 8;
+  if (token >= tokens) return;
+  const int rows = __ldg(p.offsets + p.experts);
+  float sum[8] = {};
+#pragma unroll 8
+  for (int i = 0; i < k; ++i) {
+    const int row = __ldg(inverse + token * k + i);
+    const uint4 x =
+        row < rows ? __ldg(reinterpret_cast<const uint4*>(element(y, row, column))) : make_uint4(0, 0, 0, 0);
+    const float weight = WEIGHTED ? __ldg(weights + token * k + i) : 1;
+    const float2 pairs[4] = {unpack(x.x), unpack(x.y), unpack(x.z), unpack(x.w)};
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      sum[2 * j] = fmaf(weight, pairs[j].x, sum[2 * j]), sum[2 * j + 1] = fmaf(weight, pairs[j].y, sum[2 * j + 1]);
+  }
+  *reinterpret_cast<uint4*>(element(out, token, column)) =
+      make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+}
+
+// --- host side
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("moe: ") + cudaGetErrorString(error));
+}
+
+void check_width(const char* name, int64_t width) {
+  if (width <= 0 || width % 8 != 0 || width > 1 << 30)
+    throw std::invalid_argument(std::string("moe: ") + name + " is " + std::to_string(width) +
+                                "; expected a positive multiple of 8");
+}
+
+template <Task TASK, class Out = bf16>
+void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
+  static const int sms = [] {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    check(cudaFuncSetAttribute(gemm_kernel<TASK, Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
+    return count;
+  }();
+  gemm_kernel<TASK, Out>
+      <<<sms / 2 * 2, kThreads, kSharedMemory, reinterpret_cast<cudaStream_t>(stream)>>>(own, shared, g);
+  check(cudaGetLastError());
+}
+
+// Boxes of `box` rows x 64 elements.
+CUtensorMap map_of(const Rows& x, int64_t rows, int64_t width, int box) {
+  return tensor_map<3>(x.data, {width, rows, 1}, {x.stride, x.stride * rows}, {64, box, 1});
+}
+CUtensorMap map_of(const Experts& w, int64_t experts, int64_t rows, int64_t width, int box) {
+  return tensor_map<3>(w.data, {width, rows, experts}, {w.row, w.expert}, {64, box, 1});
+}
+
+Gemm rows_gemm(const MoePlan& p, int64_t depth, int64_t columns, const Rows& out) {
+  check_width("a width", depth), check_width("a width", columns);
+  if (p.rows > INT32_MAX - kOwn * 2) throw std::invalid_argument("moe: more than 2^31 rows");
+  Gemm g{};
+  g.offsets = p.offsets, g.slot = p.slot, g.experts = int(p.experts);
+  g.depth = int(depth), g.columns = int(columns), g.out = out;
+  return g;
+}
+
+}  // namespace
+
+void moe_up(const MoePlan& p, int64_t d, int64_t i, Rows x, Experts gate_up, Rows h, Rows a, uintptr_t stream) {
+  Gemm g = rows_gemm(p, d, i, h);
+  if (p.rows == 0) return;
+  g.index = p.token, g.own = x, g.second = a;
+  launch<Task::up>({}, map_of(gate_up, p.experts, 2 * i, d, kShared / 2), g, stream);
+}
+
+void moe_down(const MoePlan& p, int64_t d, int64_t i, Rows a, Experts down, Rows y, uintptr_t stream) {
+  const Gemm g = rows_gemm(p, i, d, y);
+  if (p.rows == 0) return;
+  launch<Task::down>(map_of(a, p.rows, i, kOwn), map_of(down, p.experts, d, i, kShared / 2), g, stream);
+}
+
+void moe_down_backward(const MoePlan& p, int64_t d, int64_t i, Rows grad, Experts down, Rows h, const float* weights,
+                       float* dweights, Rows dh, Rows scaled, float* partial, uintptr_t stream) {
+  Gemm g = rows_gemm(p, d, i, dh);
+  if (p.rows == 0) return;
+  g.index = p.token, g.own = grad, g.h = h, g.second = scaled, g.weights = weights, g.partial = partial;
+  launch<Task::down_backward>({}, map_of(down, p.experts, d, i, kStep), g, stream);
+  sum_partials<<<unsigned((p.rows + 255) / 256), 256, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+      p, int(moe_partials(1, i)), partial, dweights);
+  check(cudaGetLastError());
+}
+
+int64_t moe_partials(int64_t rows, int64_t i) {
+  return rows * ((i + columns_of(Task::down_backward) - 1) / columns_of(Task::down_backward));
+}
+
+void moe_up_backward(const MoePlan& p, int64_t d, int64_t i, Rows dh, Experts gate_up, Rows dx, uintptr_t stream) {
+  const Gemm g = rows_gemm(p, 2 * i, d, dx);
+  if (p.rows == 0) return;
+  launch<Task::up_backward>(map_of(dh, p.rows, 2 * i, kOwn), map_of(gate_up, p.experts, 2 * i, d, kStep), g, stream);
+}
+
+void moe_weight_grad(const MoePlan& p, int64_t left_width, Rows left, int64_t right_width, Rows right, bool gather_left,
+                     Experts out, bool accumulate, uintptr_t stream) {
+  Gemm g = rows_gemm(p, left_width, right_width, {out.data, out.dtype, out.row});
+  g.out_expert = out.expert, g.accumulate = accumulate, g.index = p.token;
+  g.own = gather_left ? left : right, g.own_columns = int(gather_left ? left_width : right_width);
+  g.shared = gather_left ? right : left, g.columns = int(gather_left ? right_width : left_width);
+  // Without rows the map is never read, but a map has no empty dimensions.
+  const CUtensorMap shared = p.rows ? map_of(g.shared, p.rows, g.columns, kStep) : CUtensorMap{};
+  const auto run = [&](auto zero) {
+    using Out = decltype(zero);
+    gather_left ? launch<Task::grad_left, Out>({}, shared, g, stream)
+                : launch<Task::grad_right, Out>({}, shared, g, stream);
+  };
+  out.dtype == DType::f32 ? run(float()) : run(bf16());
+}
+
+void moe_combine(const MoePlan& p, int64_t tokens, int64_t k, int64_t d, Rows y, const int32_t* inverse,
+                 const float* weights, Rows out, uintptr_t stream) {
+  check_width("a width", d);
+  if (tokens == 0) return;
+  const int chunks = int(d / 8);
+  const int64_t blocks = (tokens * chunks + 255) / 256;
+  if (blocks > INT32_MAX) throw std::invalid_argument("moe: more than 2^31 blocks of 2,048 elements");
+  const auto kernel = weights ? combine_kernel<true> : combine_kernel<false>;
+  kernel<<<unsigned(blocks), 256, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+      p, tokens, int(k), chunks, y, inverse, weights, out);
+  check(cudaGetLastError());
+}
+
+}  // namespace qwen3::cuda
