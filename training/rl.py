@@ -55,6 +55,7 @@ class RLConfig(TrainConfig):
     max_tokens: int = 512  # of a conversation beyond its prompt
     max_prompt: int = 512
     slots: int = 64  # conversations decoded at once
+    replay_routing: bool = True  # mixtures of experts: the trainer takes the experts that the sampler took
     skip_truncated: bool = False  # do not learn from conversations that ran out of tokens
     pass_band: tuple[float, float] = (0.05, 0.95)  # sampled pass rates to start from
     probe_groups: int = 32
@@ -109,6 +110,7 @@ class Episode:
     turns: list[list[int]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
     reply: Reply | None = None
+    experts: Any = None  # of the input tokens, as routed when each was first read
     truncated: bool = False
     thinking_tokens: int = 0
     score: float = 0.0  # the family's, before the gate
@@ -118,18 +120,20 @@ class Episode:
         return self.reply.format * self.score
 
     def sample(self, advantage: float, weight: float) -> Sample:
-        return Sample(self.tokens, [m * weight for m in self.mask], [advantage] * len(self.tokens), self.logprobs)
+        weights = [m * weight for m in self.mask]
+        return Sample(self.tokens, weights, [advantage] * len(self.tokens), self.logprobs, self.experts)
 
 
 def play(
     model: Qwen3, tokenizer: Tokenizer, families: Mapping[str, Family], problems: Sequence[Problem], *, repeats: int,
     seed: int, temperature: float = 1.0, max_tokens: int = 512, max_prompt: int = 512, slots: int = 64,
+    record_experts: bool = False,
 ) -> list[Episode]:
     """``repeats`` conversations for each problem, scored; those of problem i have group i. The families' environments
     answer between turns. Raises ValueError for a prompt over max_prompt."""
     roller = Roller(
         model, slots=slots, max_len=min(max_prompt + max_tokens, model.config.max_position_embeddings),
-        temperature=temperature, stop_ids=tokenizer.stop_ids,
+        temperature=temperature, stop_ids=tokenizer.stop_ids, record_experts=record_experts,
     )
     episodes = []
     for group, problem in enumerate(problems):
@@ -169,6 +173,8 @@ def _continues(e: Episode, rollout: Rollout, family: Family, tokenizer: Tokenize
     e.logprobs += rollout.logprobs
     e.entropies += rollout.entropies
     e.turns.append(rollout.ids)
+    if rollout.experts is not None:  # what was read again in a later turn keeps its first routing
+        e.experts = rollout.experts if e.experts is None else torch.cat((e.experts, rollout.experts[len(e.experts) :]))
     parsed = parse(rollout.ids, tokenizer)
     e.messages.append(parsed.message())
     if tokenizer.end_think_id in rollout.ids:
@@ -335,7 +341,7 @@ def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None,
             levels, tilt = run.state["levels"], run.state["tilt"]
             problems = draw(config, families, levels, n)
             episodes = play(run.model, run.tokenizer, families, problems, repeats=config.group_size,
-                            seed=mixed_seed(config.seed, "sample", n), **options)
+                            seed=mixed_seed(config.seed, "sample", n), record_experts=config.replay_routing, **options)
             found = summary(episodes)
             metrics = found | learn(run, episodes, config, n, tilt=tilt)
             metrics |= {f"level/{k}": v for k, v in levels.items()} | {"tilt": tilt, "timeouts": pool.timeouts}

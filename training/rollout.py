@@ -8,6 +8,9 @@ temperature of the trainer's loss. The gap to the trainer's, max |d log p|, is t
 forward, and it is zero, bit for bit, where both are batch-invariant: on a CPU in float32 with one thread, where this
 project's kernels treat every row alike and MKL's products do so from `MIN_ROWS` rows on (fewer take another kernel). Dense
 models only: an expert may get one or two tokens. `invariant` says whether it holds for a model here.
+
+Mixtures of experts: a token's experts are recorded as they were routed, for the trainer to replay (routing replay, arXiv
+2510.11370): near a tie, the last bits of a hidden state decide otherwise, and the probabilities are of other experts then.
 """
 
 from __future__ import annotations
@@ -41,13 +44,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Rollout:
-    """``ids`` with the stop token; ``logprobs`` and ``entropies`` per id, of the distribution it was drawn from."""
+    """``ids`` with the stop token; ``logprobs`` and ``entropies`` per id, of the distribution it was drawn from; ``experts``
+    int16 [inputs, MoE layers, K] on the CPU: those of the prompt and of all ids but the last, or None."""
 
     request: Request
     ids: list[int]
     logprobs: list[float]
     entropies: list[float]
     finish_reason: Literal["stop", "length"]
+    experts: Tensor | None = None
 
 
 class _Row:
@@ -55,6 +60,7 @@ class _Row:
         self.request, self.slot = request, slot
         self.ids: list[int] = []
         self.hidden: list[Tensor] = []
+        self.experts: list[Tensor] = []  # [tokens, layers, K] each
 
 
 class Roller:
@@ -66,6 +72,7 @@ class Roller:
 
     def __init__(
         self, model: Qwen3, *, slots: int, max_len: int, temperature: float = 1.0, stop_ids: Sequence[int],
+        record_experts: bool = True,
     ):
         if slots < 1:
             raise ValueError(f"slots is {slots}; expected at least 1")
@@ -75,6 +82,7 @@ class Roller:
             raise ValueError(f"temperature is {temperature}; expected above 0")
         self.model, self.slots, self.max_len, self.temperature = model, slots, max_len, temperature
         self.stop_ids = frozenset(stop_ids)
+        self._recording = record_experts and model.config.num_experts > 0
         self.cache = model.new_cache(max(slots, MIN_ROWS), max_len)
         self.queue: deque[Request] = deque()
         self.rows: list[_Row] = []
@@ -127,8 +135,10 @@ class Roller:
         """Hidden states [running, D] behind each row's last token."""
         rows = max(running, MIN_ROWS)  # the rest compute on whatever is there
         cache = self._view(rows)
-        states = self.model(self._next[:rows, None], cache=cache, return_hidden=True)
+        states, experts = self._forward(self._next[:rows, None], cache)
         cache.lengths[:running] += 1
+        for row, ids in zip(self.rows, experts):
+            row.experts.append(ids[None])
         return states[:running, 0]
 
     def _prefill(self, running: int) -> Tensor:
@@ -144,12 +154,22 @@ class Roller:
             cu_seqlens[-1] = MIN_ROWS
         cache = self._view(running + len(new))
         cache.lengths[running:] = 0
-        states = self.model(torch.tensor(tokens, device=device), cu_seqlens=cu_seqlens.to(device), cache=cache, return_hidden=True)
+        states, experts = self._forward(torch.tensor(tokens, device=device), cache, cu_seqlens=cu_seqlens.to(device))
         cache.lengths += lengths.to(device)
         self.rows += [_Row(r, running + i) for i, r in enumerate(new)]
+        if self._recording:
+            for row, ids in zip(self.rows[running:], experts[: ends[-1]].split(lengths[running:].tolist())):
+                row.experts.append(ids)
         self._seeds[running : running + len(new), 0] = torch.tensor([r.seed for r in new]).to(device)
         self._steps[running : running + len(new)] = 0
         return states[(ends[running:] - 1).to(device)]
+
+    def _forward(self, tokens: Tensor, cache, **options: Tensor) -> tuple[Tensor, Tensor]:
+        """(hidden states, experts int16 [tokens, layers, K], empty when they are not recorded)"""
+        if not self._recording:
+            return self.model(tokens, cache=cache, return_hidden=True, **options), tokens[:0]
+        states, routing = self.model(tokens, cache=cache, return_hidden=True, return_routing=True, **options)
+        return states, torch.stack([r.expert_ids for r in routing], 1).short()
 
     def _draw(self, hidden_BD: Tensor) -> list[Rollout]:
         n = len(self.rows)
@@ -192,7 +212,8 @@ class Roller:
         for row in rows:
             end = start + len(row.ids)
             reason = "stop" if row.ids[-1] in self.stop_ids else "length"
-            done.append(Rollout(row.request, row.ids, logprobs[start:end], entropies[start:end], reason))
+            experts = torch.cat(row.experts).cpu() if self._recording else None
+            done.append(Rollout(row.request, row.ids, logprobs[start:end], entropies[start:end], reason, experts))
             start = end
         return done
 

@@ -22,8 +22,8 @@ class Sample:
             every normalisation lies in the weights.
         advantages: [n] for policy gradients.
         logprobs: [n] log-probabilities as recorded when the tokens were drawn; 0 for those that were not.
-        experts: [n - 1, MoE layers, K] expert ids of each input token as routed when it was drawn, to be replayed by a
-            model that takes `experts`; None routes afresh.
+        experts: integers [n - 1, MoE layers, K], the experts of each input token as routed when it was drawn, to be
+            replayed (`Qwen3.forward`, ``expert_ids``); None routes afresh.
 
     Raises ValueError for fewer than two tokens, lengths that differ, or a weight on the first token.
     """
@@ -59,7 +59,7 @@ class Packed:
 
     tokens: int64 [N] inputs; cu_seqlens: int32 [samples + 1]; where: int64 [K], the inputs whose next token is trained;
     targets: int64 [K], those next tokens; weights, advantages, logprobs: float32 [K] as in Sample; lengths: int64
-    [samples], how many of the K belong to each sample; experts: [N, layers, experts per token] or None.
+    [samples], how many of the K belong to each sample; experts: [N, MoE layers, K] or None.
     """
 
     tokens: Tensor
@@ -78,7 +78,7 @@ class Packed:
 
     def hidden(self, model: Qwen3) -> Tensor:
         """[K, D]: the states from which the trained tokens are predicted."""
-        replay = {} if self.experts is None else {"experts": self.experts}
+        replay = {} if self.experts is None else {"expert_ids": self.experts.long().unbind(1)}
         states = model(self.tokens, cu_seqlens=self.cu_seqlens, return_hidden=True, **replay)
         return states[self.where]
 

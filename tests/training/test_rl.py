@@ -134,7 +134,8 @@ class Scripted:
         request, text = self.queue.pop(0), self.turns.pop(0)
         ids = self.tokenizer.encode(text)
         reason = "stop" if text.endswith("<|im_end|>") else "length"
-        return [rl.Rollout(request, ids, [-0.5] * len(ids), [0.1] * len(ids), reason)]
+        turn = torch.full((len(request.prompt) + len(ids) - 1, 1, 1), len(self.prompts))
+        return [rl.Rollout(request, ids, [-0.5] * len(ids), [0.1] * len(ids), reason, turn)]
 
 
 class Tool(SingleTurn):
@@ -175,6 +176,9 @@ def test_turns_of_a_tool(monkeypatch, model, tokenizer):
         "\n<|im_start|>user\n<tool_response>\n42< |im_end|>\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     ), "the tool cannot speak the chat format"
     assert sampler.prompts[1][: len(sampler.prompts[0])] == sampler.prompts[0]
+    first = len(sampler.prompts[0]) + len(e.turns[0]) - 1
+    assert e.experts[:, 0, 0].tolist() == [1] * first + [2] * (len(e.tokens) - 1 - first), "each token's first routing"
+    assert e.sample(1.0, 1.0).experts is e.experts
 
 
 def test_a_conversation_that_runs_out_gets_nothing(monkeypatch, model, tokenizer):

@@ -32,9 +32,10 @@ def test_expert_ids_go_with_their_tokens():
     with_ids = [Sample([1, 2, 3], [0, 0, 1], experts=torch.full((2, 1, 2), i)) for i in (5, 6)]
     model = Model()
     assert pack(with_ids).hidden(model).shape == (2, 4)
-    assert model.options["experts"][:, 0, 0].tolist() == [5, 5, 6, 6]
+    (layer,) = model.options["expert_ids"]
+    assert layer[:, 0].tolist() == [5, 5, 6, 6] and layer.shape == (4, 2) and layer.dtype == torch.int64
     pack([sample(4)]).hidden(model)
-    assert "experts" not in model.options
+    assert "expert_ids" not in model.options
     with pytest.raises(ValueError, match="some samples have experts"):
         pack([with_ids[0], sample(4)])
 
