@@ -117,6 +117,7 @@ def results(**changes):
             **{n: {"chain/think": stage(0.7), "chain/no_think": stage(0.3, 1.0)} for n in ("fusion", "general RL")},
         },
         "budgets": {"mean": [0.2, 0.4, 0.39, 0.7], "count": 256}, "invariant": True, "nll": {"fusion": (1.0, 0.5)},
+        "no_cold_start": "sampled pass rate 0.000 over 256 conversations. too hard",
     }
     return base | changes
 
@@ -124,7 +125,8 @@ def results(**changes):
 @pytest.mark.parametrize("changes, broken", [
     ({}, []),
     ({"budgets": {"mean": [0.2, 0.6, 0.4, 0.7], "count": 256}}, ["accuracy rises with the thinking budget"]),
-    ({"nll": {"fusion": (1.0, 1.1)}}, ["loss on replies falls in fusion"]),
+    ({"nll": {"fusion": (1.0, 1.1)}}, ["held-out loss falls in fusion"]),
+    ({"no_cold_start": "it started"}, ["reasoning RL refuses a model without cold start"]),
     ({"stages": results()["stages"] | {"reasoning RL": {"chain": {"reward": 0.49}}}}, ["reasoning RL raises the held-out reward"]),
     ({"stages": results()["stages"] | {"fusion": {"chain/think": {"reward": 0.2}, "chain/no_think": {"reward": 0.3, "no_thinking": 0.98}}}},
      ["/no_think has 0 thinking tokens after fusion", "/think beats /no_think after fusion"]),

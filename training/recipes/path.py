@@ -38,7 +38,7 @@ from ..filters import Validation
 from ..log import read_metrics
 from ..losses import cross_entropy
 from ..rewards import Problem, mixed_seed, rng_of
-from ..rewards.chains import Chain
+from ..rewards.chains import Chain, worked
 from ..rl import Episode, held_out, play, reinforce, summary
 from ..rollout import invariant
 from ..samples import packs
@@ -61,8 +61,8 @@ class Sizes:
     fusion_rows: int = 1500  # of each kind
     fusion_steps: int = 200
     general_steps: int = 30
-    student_base_steps: int = 400
-    off_policy_steps: int = 100
+    student_base_steps: int = 500
+    off_policy_steps: int = 150
     student_steps: int = 40
     groups: int = 32
     group_size: int = 8
@@ -101,10 +101,12 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
         seconds[name] = time.perf_counter() - start
         return folder
 
-    def measured(name: str, folder: Path, families: Sequence[str]) -> None:
+    def measured(name: str, folder: Path, families: Sequence[str], several: bool = False) -> None:
         start = time.perf_counter()
         model, tok = opened(folder)
         found[name] = {f: measure(model, tok, f, sizes.eval_problems) for f in families}
+        if several:
+            found[name][families[0]]["pass_at_8"] = pass_at(model, tok, families[0], max(1, sizes.eval_problems // 4), 8)
         seconds["evaluation"] = seconds.get("evaluation", 0.0) + time.perf_counter() - start
         for family, result in found[name].items():
             console.print(f"  {name}, {family}: reward {result['reward']:.3f}, format {result['format']:.3f}, thinking tokens "
@@ -122,12 +124,14 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
     sft.write(out / "cold.jsonl", talks)
     cold = stage("cold start", lambda: sft.fine_tune(
         cold_start.recipe(base, out / "cold.jsonl", out / "cold", **(tune | {"steps": sizes.cold_steps, "lr": 2e-3})), quiet=quiet))
-    measured("cold start", cold, ["chain"])
+    measured("cold start", cold, ["chain"], several=True)
+    control = refused(base, out / "no_cold_start", rl_small)
+    console.print(f"  without it: {control}", markup=False)
 
     rl = stage("reasoning RL", lambda: reinforce(reasoning_rl.recipe(cold, out / "rl", **(rl_small | {
         "families": ("chain",), "steps": sizes.rl_steps, "mini_batches": 2, "lr": sizes.rl_lr, "eval_every": 20,
         "entropy_band": (0.03, 0.5)})), quiet=quiet))
-    measured("reasoning RL", rl, ["chain"])
+    measured("reasoning RL", rl, ["chain"], several=True)
 
     def fuse() -> Path:
         model, _ = opened(rl)
@@ -151,7 +155,7 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
     measured("general RL", general, modes)
 
     student_base = stage("student's base", lambda: tiny.base(
-        out / "student", steps=sizes.student_base_steps, width=64, layers=2, seed=seed + 1000, vocabulary=base / "tokenizer.json",
+        out / "student", steps=sizes.student_base_steps, width=64, seed=seed + 1000, vocabulary=base / "tokenizer.json",
         quiet=quiet))
 
     def off_policy() -> Path:
@@ -162,26 +166,26 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
             tune | {"steps": sizes.off_policy_steps, "lr": 3e-3})), quiet=quiet)
 
     off = stage("off-policy distillation", off_policy)
-    measured("off-policy distillation", off, modes[1:])
+    measured("off-policy distillation", off, modes[1:], several=True)
     both = rl_small | {"families": tuple(modes[1:]), "steps": sizes.student_steps, "level": 2}
     on = stage("on-policy distillation", lambda: distill(distillation.on_policy(
         general, off, out / "on_policy", **(both | {"lr": 5e-4, "mini_batches": 2})), quiet=quiet))
-    measured("on-policy distillation", on, modes[1:])
-    control = stage("RL of the student", lambda: reinforce(reasoning_rl.recipe(off, out / "student_rl", **(
+    measured("on-policy distillation", on, modes[1:], several=True)
+    student_rl = stage("RL of the student", lambda: reinforce(reasoning_rl.recipe(off, out / "student_rl", **(
         both | {"lr": sizes.rl_lr, "mini_batches": 2, "pass_band": (0.0, 1.0), "raise_at": 1.0, "eval_every": 0})), quiet=quiet))
-    measured("RL of the student", control, modes[1:])
+    measured("RL of the student", student_rl, modes[1:], several=True)
 
     console.rule("thinking budget", align="left")
     model, _ = opened(general)
     budgets = budget_curve(model, tok, sizes.eval_problems)
-    teacher, _ = opened(fused)
     results = {
         "seed": seed, "sizes": to_json(sizes), "stages": found, "seconds": seconds, "funnel": dict(funnel), "budgets": budgets,
-        "parameters": {"model": base_size(base), "student": base_size(student_base)}, "invariant": invariant(model),
+        "parameters": {"model": model_size(base), "student": model_size(student_base)}, "invariant": invariant(model),
         "nll": {
-            "cold start": [nll(folder, out / "cold.jsonl") for folder in (base, cold)],
-            "fusion": [nll(folder, out / "fusion.jsonl") for folder in (rl, fused)],
+            "cold start": [nll(folder, ["chain"]) for folder in (base, cold)],
+            "fusion": [nll(folder, modes) for folder in (rl, fused)],
         },
+        "no_cold_start": control,
         "samples": samples(model, tok), "environment": environment.describe("cpu", torch.float32),
     }
     results["checks"] = checks(results, out)
@@ -204,7 +208,7 @@ def opened(folder: Path) -> tuple[Qwen3, Tokenizer]:
     return model_io.load(folder), Tokenizer.from_file(folder / "tokenizer.json")
 
 
-def base_size(folder: Path) -> int:
+def model_size(folder: Path) -> int:
     return model_io.load(folder).config.num_params()
 
 
@@ -245,14 +249,37 @@ def budget_curve(model: Qwen3, tokenizer: Tokenizer, count: int, levels: Sequenc
     return {"budgets": [*budgets], "by_level": curves, "mean": [statistics.fmean(v) for v in zip(*curves.values())], "count": count * len(levels)}
 
 
+def pass_at(model: Qwen3, tokenizer: Tokenizer, family: str, count: int, k: int) -> float:
+    """Share of held-out problems that one of k samples gets right, over all LEVELS."""
+    groups: dict[tuple[int, int], bool] = {}
+    for level in LEVELS:
+        problems = held_out({family: FAMILIES[family]}, level, count)
+        for e in play(model, tokenizer, FAMILIES, problems, repeats=k, seed=mixed_seed("pass", level), **PLAY):
+            groups[level, e.group] = groups.get((level, e.group), False) or e.reward >= 0.5
+    return statistics.fmean(groups.values())
+
+
+def refused(start: Path, out: Path, options: Mapping[str, Any]) -> str:
+    """What reinforcement learning says to a model without a cold start."""
+    config = reasoning_rl.recipe(start, out, **(options | {"families": ("chain",), "steps": 1, "tensorboard": False}))
+    try:
+        reinforce(config, quiet=True)
+    except RuntimeError as e:
+        return str(e)
+    return "it started"
+
+
 @torch.no_grad()
-def nll(folder: Path, data: Path, count: int = 200) -> float:
-    """Mean negative log-likelihood of the replies in the last conversations of a file, per token. They are trained on,
-    but by less than one pass each in these short runs."""
+def nll(folder: Path, families: Sequence[str], count: int = 100) -> float:
+    """Mean negative log-likelihood per token of the right replies to held-out problems, in the prompts' modes."""
     model, tok = opened(folder)
-    chosen = sft.read(data, tok)[-count:]
-    total = sum(cross_entropy(model, p)[1]["nll"].item() for p in packs(chosen, 8192))
-    return total / sum(s.trained for s in chosen)
+    found = []
+    for p in held_out({f: FAMILIES[f] for f in families}, 2, count):
+        reply = {"role": "assistant", "content": p.data["answer"]}
+        reply |= {"reasoning_content": worked(p.data["chain"])} if p.thinking else {}
+        found += sft.encode(tok, [*p.messages, reply])
+    total = sum(cross_entropy(model, p)[1]["nll"].item() for p in packs(found, 8192))
+    return total / sum(s.trained for s in found)
 
 
 def samples(model: Qwen3, tokenizer: Tokenizer) -> list[tuple[str, str]]:
@@ -271,6 +298,8 @@ def checks(results: Mapping[str, Any], out: Path) -> list[dict[str, Any]]:
     def claim(text: str, measured: str, bound: str, holds: bool) -> None:
         found.append({"claim": text, "measured": measured, "bound": bound, "holds": bool(holds)})
 
+    said = results["no_cold_start"]
+    claim("reasoning RL refuses a model without cold start", said.split(" over")[0], "below 0.05", "too hard" in said)
     before, after = (stages[s]["chain"]["reward"] for s in ("cold start", "reasoning RL"))
     claim("reasoning RL raises the held-out reward", f"{before:.3f} to {after:.3f}", "by 0.10", after - before >= 0.10)
     records = [r for r in read_metrics(out / "rl") if r["kind"] == "train"]
@@ -290,7 +319,7 @@ def checks(results: Mapping[str, Any], out: Path) -> list[dict[str, Any]]:
     claim("accuracy rises with the thinking budget", f"{curve[0]:.3f} to {curve[-1]:.3f}, largest fall {falls:.3f}",
           f"0.20, no fall over {noise:.3f}", curve[-1] - curve[0] >= 0.2 and falls <= noise)
     for name, (was, now) in results["nll"].items():
-        claim(f"loss on replies falls in {name}", f"{was:.3f} to {now:.3f}", "below", now < was)
+        claim(f"held-out loss falls in {name}", f"{was:.3f} to {now:.3f}", "below", now < was)
     return found
 
 
@@ -305,7 +334,7 @@ def write_report(out: Path, results: Mapping[str, Any]) -> None:
     stages = results["stages"]
     rows = [
         (name, family, *(f"{v:.2f}" for v in r["by_level"]), f"{r['reward']:.3f}", f"{r['format']:.3f}", f"{r['thinking_tokens']:.1f}",
-         f"{r['sampled_entropy']:.3f}")
+         f"{r['sampled_entropy']:.3f}", f"{r['pass_at_8']:.3f}" if "pass_at_8" in r else "")
         for name, part in stages.items() for family, r in part.items()
     ]
     off, on, control = (stages[n] for n in ("off-policy distillation", "on-policy distillation", "RL of the student"))
@@ -317,15 +346,17 @@ def write_report(out: Path, results: Mapping[str, Any]) -> None:
             (c["claim"], c["measured"], c["bound"], "yes" if c["holds"] else "NO") for c in results["checks"]])),
         ("Before and after each stage",
          report.table(("stage", "prompt", *(f"{level + 2} numbers" for level in LEVELS), "reward", "format", "thinking tokens",
-                       "entropy"), rows)
+                       "entropy", "pass@8"), rows)
          + f"<p>Held-out reward: the right answer in the right format, sampled at temperature 1, {n} problems per cell "
            f"(standard error up to {0.5 / math.sqrt(n):.3f}). After fusion the prompt says which mode.</p>"),
         ("Distillation",
          f"<p>Student of {results['parameters']['student']:,} parameters, {results['sizes']['student_steps']} steps of as many "
          f"conversations each: from {mean['off']:.3f} after off-policy distillation to {mean['on']:.3f} on-policy "
          f"({results['seconds']['on-policy distillation']:.0f} s) and {mean['rl']:.3f} by RL "
-         f"({results['seconds']['RL of the student']:.0f} s). On-policy distillation {verdict} RL here.</p>"),
+         f"({results['seconds']['RL of the student']:.0f} s); pass@8 under /think {off['chain/think']['pass_at_8']:.3f}, "
+         f"{on['chain/think']['pass_at_8']:.3f} and {control['chain/think']['pass_at_8']:.3f}. On-policy distillation {verdict} RL here.</p>"),
         *((title, report.chart(series, x=x, y=y)) for title, (series, x, y) in charts.items()),
+        ("Without a cold start", f"<p>Reasoning RL from the base model: {escape(results['no_cold_start'])}.</p>"),
         ("Cold start: what the filters kept", report.table(("reason", "responses"), sorted(results["funnel"].items()))),
         ("Samples", "".join(f"<pre>{escape(prompt)}<b>{escape(text)}</b></pre>" for prompt, text in results["samples"])),
         ("Time", report.table(("stage", "seconds"), [(k, f"{v:.0f}") for k, v in results["seconds"].items()])
