@@ -344,7 +344,8 @@ def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None,
                             seed=mixed_seed(config.seed, "sample", n), record_experts=config.replay_routing, **options)
             found = summary(episodes)
             metrics = found | learn(run, episodes, config, n, tilt=tilt)
-            metrics |= {f"level/{k}": v for k, v in levels.items()} | {"tilt": tilt, "timeouts": pool.timeouts}
+            metrics |= {f"level/{k}": v for k, v in levels.items()} | {"tilt": tilt}
+            metrics |= {"timeouts": pool.timeouts, "crashes": pool.crashes, "scorer_errors": pool.errors}
             levels, recent = raised(levels, run.state["recent"], episodes, families, config.raise_at)
             run.state = {
                 "levels": levels, "recent": recent,

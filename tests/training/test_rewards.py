@@ -64,6 +64,7 @@ def pool():
 def test_there_are_twenty_families_and_more(pool):
     families = make(GENERAL, pool)
     assert len(families) >= 20
+    assert all(name == family.name == family.problem(1, 0).family for name, family in families.items())
     for name, family in families.items():
         for level in range(family.max_level + 1):
             problem = family.problem(mixed_seed(name), level)

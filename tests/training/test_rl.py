@@ -98,6 +98,45 @@ def test_a_killed_run_goes_on_in_the_same_bits(config, ungated, monkeypatch):
     assert all(want[k].equal(got[k]) for k in want)
 
 
+def test_adapters_are_sampled_with_and_learn(config, ungated, model_folder):
+    cfg = config(lora_rank=2, lr=1e-2, steps=3)
+    folder = reinforce(cfg, families={"chain": Length()}, quiet=True)
+    assert all(r["max_gap"] < 1e-4 for r in read_metrics(cfg.out) if r["kind"] == "train"), "the adapters sample, too"
+    before, after = (load.load(f).state_dict() for f in (model_folder, folder))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not before[name].equal(after[name]) and (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_experts_are_replayed_in_a_run(config, ungated, tokenizer, tmp_path):
+    from tiny_chat import MOE, small
+
+    from qwen3_model.model import Qwen3
+
+    load.save(Qwen3(small(**MOE)).init_weights(0), tmp_path / "mixture")
+    tokenizer.save(tmp_path / "mixture" / "tokenizer.json")
+    cfg = config(start=tmp_path / "mixture", steps=2)
+    reinforce(cfg, families={"chain": Length()}, quiet=True)
+    assert all(r["max_gap"] < 1e-4 for r in read_metrics(cfg.out) if r["kind"] == "train")
+
+
+def test_all_general_families_can_be_played(tokenizer):
+    """With replies of an untrained model, which are worth nothing."""
+    pytest.importorskip("reasoning_gym")
+    from tiny_chat import small
+
+    from qwen3_model.model import Qwen3
+    from training.rewards.families import GENERAL, SCORERS, make
+    from training.rewards.workers import Pool
+
+    model = Qwen3(small(max_position_embeddings=4096)).init_weights(0)
+    with Pool(SCORERS, workers=1, deadline=20) as pool:
+        families = make(GENERAL, pool)
+        problems = [family.problem(3, 0) for family in families.values()]
+        found = play(model, tokenizer, families, problems, repeats=1, seed=0, max_tokens=6, max_prompt=3000, slots=8)
+    assert len(found) == len(GENERAL) >= 20 and all(e.reward == 0 for e in found)
+    assert {e.problem.family for e in found} == set(GENERAL)
+
+
 def test_it_refuses_what_cannot_be_learnt(config):
     with pytest.raises(RuntimeError, match=r"sampled pass rate 0.000 over 16 conversations \(chain 0.00\); right format .*"
                                            r"groups with different rewards 0.00. Expected a pass rate in \[0.05, 0.95\]; .*too hard"):

@@ -8,7 +8,7 @@ import pytest
 from training.rewards import sandbox
 from training.rewards.workers import Pool
 
-PYTHON = "training.rewards.scorers:python"
+PYTHON = "builtins:eval"
 
 
 @pytest.fixture
@@ -19,22 +19,30 @@ def pool():
 
 def test_a_hanging_call_is_killed_and_the_others_are_not(pool):
     start = time.monotonic()
-    calls = [("1 + 1", 2), ("[i for i in iter(int, 1)]", 0), ("__import__('time').sleep(60)", 0), ("2 + 2", 5), ("3 + 3", 6)]
-    results = pool.map(PYTHON, calls)
-    assert [r.value for r in results] == [1.0, None, None, 0.0, 1.0]
+    results = pool.map(PYTHON, [("1 + 1",), ("[i for i in iter(int, 1)]",), ("__import__('time').sleep(60)",), ("2 + 2",), ("3 + 3",)])
+    assert [r.value for r in results] == [2, None, None, 4, 6]
     assert [r.error for r in results] == [None, "timeout", "timeout", None, None] and pool.timeouts == 2
     assert time.monotonic() - start < 40
-    assert pool.map(PYTHON, [("5", 5)])[0].value == 1.0, "it goes on"
+    assert pool.map(PYTHON, [("5",)])[0].value == 5, "it goes on"
 
 
 def test_a_crash_and_an_exception_are_results(pool):
-    results = pool.map(PYTHON, [("__import__('os')._exit(3)", 0), ("1 / 0", 0), ("print('noise') or 4", 4)])
+    results = pool.map(PYTHON, [("__import__('os')._exit(3)",), ("1 / 0",), ("print('noise') or 4",)])
     assert [r.error for r in results] == ["crash", "ZeroDivisionError: division by zero", None]
-    assert pool.crashes == 1 and results[2].value == 1.0
+    assert pool.crashes == 1 and pool.errors == 1 and results[2].value == 4
+
+
+def test_a_missing_library_is_no_wrong_answer(pool):
+    """A reward of 0 for it would teach the wrong thing."""
+    from training.rewards.scorers import NEEDS
+
+    code = f"raise ImportError({NEEDS.format('math-verify')!r})"
+    with pytest.raises(ImportError, match="math-verify is not installed: pip install 'qwen3-kernels"):
+        pool.map(PYTHON, [(f"exec({code!r})",)])
 
 
 def test_no_process_is_left(pool):
-    pool.map(PYTHON, [("__import__('time').sleep(60)", 0), ("1", 1), ("__import__('os').getpid()", 0)])
+    pool.map(PYTHON, [("__import__('time').sleep(60)",), ("1",), ("2",)])
     pids = [w.process.pid for w in pool._idle]
     pool.close()
     assert pids and not any(os.path.exists(f"/proc/{pid}") for pid in pids)

@@ -34,9 +34,9 @@ class Gym(SingleTurn):
         self.name, self._gym, self._pool = f"gym/{name}", name, pool
 
     def problem(self, seed: int, level: int) -> Problem:
+        config = vars(_config(self._gym, level)) | {"seed": seed % 2**31, "size": 1}
         import reasoning_gym
 
-        config = vars(_config(self._gym, level)) | {"seed": seed % 2**31, "size": 1}
         entry = reasoning_gym.create_dataset(self._gym, **config)[0]
         text = entry["question"].strip() + "\nGive only the answer after thinking."
         data = {k: entry[k] for k in ("question", "answer", "metadata")}

@@ -171,13 +171,13 @@ CONSTRAINTS: Mapping[str, Constraint] = {
 class Instructions(SingleTurn):
     """A topic to write about, and 1 + level constraints that do not exclude each other."""
 
-    name, max_level = "instructions", 3
+    max_level = 3
 
     def __init__(self, thinking: bool = True):
-        self._thinking = thinking
+        self.name, self._thinking = "instructions" if thinking else "instructions/no_think", thinking
 
     def problem(self, seed: int, level: int) -> Problem:
-        rng = rng_of(self.name, seed, level)
+        rng = rng_of("instructions", seed, level)
         chosen: list[str] = []
         for name in rng.sample(sorted(CONSTRAINTS), len(CONSTRAINTS)):
             apart = all(name not in CONSTRAINTS[c].excludes and c not in CONSTRAINTS[name].excludes for c in chosen)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-NEEDS = "{} is not installed: pip install 'qwen3-kernels[rl]'"
+from .workers import EXTRA
+
+NEEDS = f"{{}} is not installed: {EXTRA}[rl]'"
 
 
 def warm_up() -> None:
@@ -36,8 +38,3 @@ def gym(name: str, answer: str, entry: dict[str, Any]) -> float:
     except ImportError as e:
         raise ImportError(NEEDS.format("reasoning-gym")) from e
     return float(reasoning_gym.get_score_answer_fn(name)(answer, entry))
-
-
-def python(code: str, reference: str) -> float:
-    """For tests of the pool: evaluates."""
-    return float(eval(code) == reference)  # noqa: S307

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+EXTRA = "pip install 'qwen3-kernels"  # in the message of a scorer whose library is missing
 MEMORY = 4 << 30  # bytes of address space of one worker
 
 
@@ -75,15 +76,15 @@ class Pool:
     """Worker processes for the functions named ("package.module:function"), which take and give JSON.
 
     deadline: seconds for one call. start: seconds for a worker to import what it needs, which does not count as a call.
-    ``timeouts`` and ``crashes`` count; the pool goes on after either. Close it, or use it as a context manager.
-    Raises ImportError when a worker cannot start.
+    ``timeouts``, ``crashes`` and ``errors`` (exceptions) count; the pool goes on after each. Close it, or use it as a
+    context manager. Raises ImportError when a worker cannot start or what a function needs is not installed.
     """
 
     def __init__(self, functions: Sequence[str], *, workers: int = 2, deadline: float = 5.0, start: float = 120.0):
         if workers < 1 or not deadline > 0:
             raise ValueError(f"workers is {workers}, deadline {deadline}; expected at least 1 and above 0")
         self.functions, self.workers, self.deadline, self.start = tuple(functions), workers, deadline, start
-        self.timeouts = self.crashes = 0
+        self.timeouts = self.crashes = self.errors = 0
         self._idle: list[_Worker] = []
 
     def __enter__(self) -> Pool:
@@ -128,6 +129,9 @@ class Pool:
                     else:
                         self._idle.append(worker)
                         results[index] = Result(*answer)
+                        self.errors += results[index].error is not None
+                        if results[index].error and EXTRA in results[index].error:  # no reply's fault
+                            raise ImportError(results[index].error)
                 for descriptor, (worker, index, until) in list(active.items()):
                     if time.monotonic() >= until:
                         self.timeouts += 1
