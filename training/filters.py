@@ -20,10 +20,12 @@ Judge = Callable[[str], bool]
 
 _PARTS = re.compile(r"(?:^|\s)\(?(?:[a-h]|i{1,3}|iv)\)\s|(?:^|\n)\s*(?:part\s+\w|\d+[.)])\s", re.IGNORECASE)
 _WRITING = re.compile(
-    r"\b(?:write|compose|draft|tell me)\b.{0,40}\b(?:story|poem|essay|letter|email|blog|song|article|speech)\b", re.IGNORECASE
+    r"\b(?:write|compose|draft|tell me)\b.{0,40}\b(?:story|poem|essay|letter|email|blog|song|article|speech)\b",
+    re.IGNORECASE,
 )
 _GUESS = re.compile(
-    r"\b(?:i(?:'ll| will)? (?:just |simply )?guess|(?:just|random|wild|lucky) guess|pick (?:one )?at random|no idea|not sure, so)\b",
+    r"\b(?:i(?:'ll| will)? (?:just |simply )?guess|(?:just|random|wild|lucky) guess|pick (?:one )?at random"
+    r"|no idea|not sure, so)\b",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")

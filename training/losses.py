@@ -3,15 +3,15 @@
 A loss takes the model and a `Packed` and returns (sum over the trained tokens of weight times loss, statistics). What
 makes an algorithm is in the weights, the advantages and a few switches:
 
-| preset    | switches                                                                | source |
-| :-------- | :---------------------------------------------------------------------- | :----- |
-| grpo      | average="sequence", scale="std", clip 0.2 / 0.2                          | DeepSeekMath, arXiv 2402.03300, without its KL term |
-| dapo      | average="token", scale="std", clip 0.2 / 0.28 ("clip-higher")            | DAPO, arXiv 2503.14476; drops groups of one reward |
-| dr_grpo   | average="constant", scale="none"                                         | Dr. GRPO, arXiv 2503.20783 |
-| gspo      | ratio="sequence", clip 3e-4 / 4e-4                                       | GSPO, arXiv 2507.18071 |
-| cispo     | clip="weight", no lower bound: the clipped ratio only weighs log p       | MiniMax-M1, arXiv 2506.13585; bound as in ScaleRL, 2510.13786 |
-| reinforce | clip="none"                                                              | Williams 1992, with the group's mean as baseline |
-| (any)     | correction > 0: truncated importance weight, trainer over sampler        | TIS, Yao et al. 2025; bounds as in arXiv 2510.13786 |
+| preset    | switches                                                         | source                            |
+| :-------- | :--------------------------------------------------------------- | :-------------------------------- |
+| grpo      | average="sequence", scale="std", clip 0.2 / 0.2; no KL term      | DeepSeekMath, arXiv 2402.03300    |
+| dapo      | average="token", scale="std", clip 0.2 / 0.28 ("clip-higher")    | DAPO, arXiv 2503.14476            |
+| dr_grpo   | average="constant", scale="none"                                 | Dr. GRPO, arXiv 2503.20783        |
+| gspo      | ratio="sequence", clip 3e-4 / 4e-4                               | GSPO, arXiv 2507.18071            |
+| cispo     | clip="weight": the ratio, bounded above, only weighs log p       | MiniMax-M1, arXiv 2506.13585      |
+| reinforce | clip="none"; the group's mean is the baseline                    | Williams 1992                     |
+| (any)     | correction > 0: bounded importance weight, trainer over sampler  | truncated importance sampling     |
 
 Logits are never held as a whole: log-probabilities come from `linear_cross_entropy`, divergences from `linear_kl`.
 """

@@ -70,7 +70,8 @@ class RLConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("groups", "mini_batches", "max_tokens", "max_prompt", "slots", "probe_groups", "workers", "eval_problems"):
+        for name in ("groups", "mini_batches", "max_tokens", "max_prompt", "slots", "probe_groups", "workers",
+                     "eval_problems"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.group_size >= 2, "group_size", self.group_size, "at least 2, to compare within a group")
         require(self.algorithm in PRESETS, "algorithm", repr(self.algorithm), f"one of {tuple(PRESETS)}")
@@ -139,7 +140,9 @@ def play(
     for group, problem in enumerate(problems):
         prompt = encode_chat(tokenizer, problem.messages, tools=problem.tools or None)
         if len(prompt) > max_prompt:
-            raise ValueError(f"a problem of {problem.family} has {len(prompt)} tokens; expected at most max_prompt {max_prompt}")
+            raise ValueError(
+                f"a problem of {problem.family} has {len(prompt)} tokens; expected at most max_prompt {max_prompt}"
+            )
         for _ in range(repeats):
             episodes.append(Episode(problem, group, list(prompt), len(prompt), [0.0] * len(prompt), [0.0] * len(prompt)))
 

@@ -128,7 +128,8 @@ class Roller:
     def _view(self, rows: int):
         """The cache's first rows."""
         view = copy.copy(self.cache)
-        view.batch, view.k, view.v, view.lengths = rows, self.cache.k[:, :rows], self.cache.v[:, :rows], self.cache.lengths[:rows]
+        view.batch, view.lengths = rows, self.cache.lengths[:rows]
+        view.k, view.v = self.cache.k[:, :rows], self.cache.v[:, :rows]
         return view
 
     def _decode(self, running: int) -> Tensor:

@@ -91,7 +91,9 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
     """One run of the path; returns what results.json holds."""
     console, seconds, found = Console(quiet=quiet, highlight=False, soft_wrap=True), {}, {}
     small = {"seed": seed, "dtype": "float32", "device": "cpu", "log_every": 20, "save_every": 20, "tokens_per_pack": 8192}
-    rl_small = small | PLAY | {"groups": sizes.groups, "group_size": sizes.group_size, "workers": 1, "level": 1, "easy_share": 0.5}
+    rl_small = small | PLAY | {
+        "groups": sizes.groups, "group_size": sizes.group_size, "workers": 1, "level": 1, "easy_share": 0.5,
+    }
     tune = {"rows": 32, "schedule": "wsd", "decay": 0.5, "warmup": 5, "max_tokens": 128} | small
 
     def stage(name: str, work: Callable[[], Path]) -> Path:
@@ -123,7 +125,8 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
     talks, funnel = cold_start.conversations(candidates, validation, min_thinking=4)  # a sum of two is six characters
     sft.write(out / "cold.jsonl", talks)
     cold = stage("cold start", lambda: sft.fine_tune(
-        cold_start.recipe(base, out / "cold.jsonl", out / "cold", **(tune | {"steps": sizes.cold_steps, "lr": 2e-3})), quiet=quiet))
+        cold_start.recipe(base, out / "cold.jsonl", out / "cold", **(tune | {"steps": sizes.cold_steps, "lr": 2e-3})),
+        quiet=quiet))
     measured("cold start", cold, ["chain"], several=True)
     control = refused(base, out / "no_cold_start", rl_small)
     console.print(f"  without it: {control}", markup=False)
@@ -161,7 +164,8 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
     def off_policy() -> Path:
         model, _ = opened(general)
         problems = [draw("off", seed, i, f, 3) for i in range(sizes.fusion_rows) for f in modes[1:]]
-        sft.write(out / "off.jsonl", teacher_data(model, tok, FAMILIES, problems, seed=mixed_seed("off", seed), right_only=False, **PLAY))
+        replies = teacher_data(model, tok, FAMILIES, problems, seed=mixed_seed("off", seed), right_only=False, **PLAY)
+        sft.write(out / "off.jsonl", replies)
         return sft.fine_tune(distillation.off_policy(student_base, out / "off.jsonl", out / "off_policy", **(
             tune | {"steps": sizes.off_policy_steps, "lr": 3e-3})), quiet=quiet)
 
@@ -241,12 +245,15 @@ def budget_curve(model: Qwen3, tokenizer: Tokenizer, count: int, levels: Sequenc
             def cut(ids: Sequence[int], at: int = opened_by + budget) -> Sequence[int]:
                 return ends if len(ids) == at and tokenizer.end_think_id not in ids else ()
 
-            params = [SamplingParams(max_tokens=80, seed=mixed_seed("budget", i), stop_ids=tokenizer.stop_ids) for i in range(count)]
+            params = [
+                SamplingParams(max_tokens=80, seed=mixed_seed("budget", i), stop_ids=tokenizer.stop_ids) for i in range(count)
+            ]
             done = generate(model, prompts, params, guides=[cut] * count)
             curve.append(statistics.fmean(
                 parse(c.ids, tokenizer).content.strip() == p.data["answer"] for c, p in zip(done, problems)))
         curves[str(level)] = curve
-    return {"budgets": [*budgets], "by_level": curves, "mean": [statistics.fmean(v) for v in zip(*curves.values())], "count": count * len(levels)}
+    mean = [statistics.fmean(v) for v in zip(*curves.values())]
+    return {"budgets": [*budgets], "by_level": curves, "mean": mean, "count": count * len(levels)}
 
 
 def pass_at(model: Qwen3, tokenizer: Tokenizer, family: str, count: int, k: int) -> float:
@@ -310,7 +317,8 @@ def checks(results: Mapping[str, Any], out: Path) -> list[dict[str, Any]]:
     claim("entropy does not collapse in reasoning RL", f"{first:.3f} to {last:.3f}", "half of the start", last > 0.5 * first)
     for name in ("fusion", "general RL"):
         think, direct = stages[name]["chain/think"], stages[name]["chain/no_think"]
-        claim(f"/no_think has 0 thinking tokens after {name}", f"{direct['no_thinking']:.4f}", "0.99", direct["no_thinking"] >= 0.99)
+        claim(f"/no_think has 0 thinking tokens after {name}", f"{direct['no_thinking']:.4f}", "0.99",
+              direct["no_thinking"] >= 0.99)
         claim(f"/think beats /no_think after {name}", f"{think['reward']:.3f}, {direct['reward']:.3f}", "above",
               think["reward"] > direct["reward"])
     curve, n = results["budgets"]["mean"], results["budgets"]["count"]
@@ -333,12 +341,13 @@ def write_report(out: Path, results: Mapping[str, Any]) -> None:
         png(out / "plots" / f"{name}.png", series, x, y)
     stages = results["stages"]
     rows = [
-        (name, family, *(f"{v:.2f}" for v in r["by_level"]), f"{r['reward']:.3f}", f"{r['format']:.3f}", f"{r['thinking_tokens']:.1f}",
-         f"{r['sampled_entropy']:.3f}", f"{r['pass_at_8']:.3f}" if "pass_at_8" in r else "")
+        (name, family, *(f"{v:.2f}" for v in r["by_level"]), f"{r['reward']:.3f}", f"{r['format']:.3f}",
+         f"{r['thinking_tokens']:.1f}", f"{r['sampled_entropy']:.3f}", f"{r['pass_at_8']:.3f}" if "pass_at_8" in r else "")
         for name, part in stages.items() for family, r in part.items()
     ]
     off, on, control = (stages[n] for n in ("off-policy distillation", "on-policy distillation", "RL of the student"))
-    mean = {n: statistics.fmean(r["reward"] for r in part.values()) for n, part in (("off", off), ("on", on), ("rl", control))}
+    parts = {"off": off, "on": on, "rl": control}
+    mean = {name: statistics.fmean(r["reward"] for r in part.values()) for name, part in parts.items()}
     verdict = "did better than" if mean["on"] > mean["rl"] else "did not do better than"
     n = results["sizes"]["eval_problems"]
     sections = [
@@ -354,7 +363,8 @@ def write_report(out: Path, results: Mapping[str, Any]) -> None:
          f"conversations each: from {mean['off']:.3f} after off-policy distillation to {mean['on']:.3f} on-policy "
          f"({results['seconds']['on-policy distillation']:.0f} s) and {mean['rl']:.3f} by RL "
          f"({results['seconds']['RL of the student']:.0f} s); pass@8 under /think {off['chain/think']['pass_at_8']:.3f}, "
-         f"{on['chain/think']['pass_at_8']:.3f} and {control['chain/think']['pass_at_8']:.3f}. On-policy distillation {verdict} RL here.</p>"),
+         f"{on['chain/think']['pass_at_8']:.3f} and {control['chain/think']['pass_at_8']:.3f}. On-policy distillation {verdict} "
+         "RL here.</p>"),
         *((title, report.chart(series, x=x, y=y)) for title, (series, x, y) in charts.items()),
         ("Without a cold start", f"<p>Reasoning RL from the base model: {escape(results['no_cold_start'])}.</p>"),
         ("Cold start: what the filters kept", report.table(("reason", "responses"), sorted(results["funnel"].items()))),
@@ -383,13 +393,15 @@ def plots(out: Path, results: Mapping[str, Any]) -> dict[str, tuple[dict[str, li
     return {
         "reward": ({"on the mix": series("rl", "reward"), "held out": series("rl", "chain/reward", 1, "eval"),
                     "general RL": series("general", "reward")}, "step", "reward"),
-        "budget": ({f"{int(level) + 2} numbers": list(zip(budgets["budgets"], curve)) for level, curve in budgets["by_level"].items()},
-                   "thinking tokens allowed", "accuracy under /think"),
+        "budget": ({f"{int(level) + 2} numbers": list(zip(budgets["budgets"], curve))
+                    for level, curve in budgets["by_level"].items()}, "thinking tokens allowed", "accuracy under /think"),
         "modes": (by_length, "numbers in the chain", "held-out reward"),
-        "entropy": ({"reasoning RL": series("rl", "sampled_entropy"), "general RL": series("general", "sampled_entropy")}, "step",
-                    "entropy, nats per token"),
-        "gap": ({"reasoning RL": series("rl", "max_gap", 1), "general RL": series("general", "max_gap", 1)}, "step", "max |d log p|"),
-        "level": ({"frontier": series("rl", "level/chain", 1), "groups kept": series("rl", "kept_groups")}, "step", "level; share"),
+        "entropy": ({"reasoning RL": series("rl", "sampled_entropy"), "general RL": series("general", "sampled_entropy")},
+                    "step", "entropy, nats per token"),
+        "gap": ({"reasoning RL": series("rl", "max_gap", 1), "general RL": series("general", "max_gap", 1)},
+                "step", "max |d log p|"),
+        "level": ({"frontier": series("rl", "level/chain", 1), "groups kept": series("rl", "kept_groups")},
+                  "step", "level; share"),
         "student": ({"on-policy distillation": series("on_policy", "reward"), "RL": series("student_rl", "reward")}, "step",
                     "student's reward"),
     }
@@ -424,7 +436,10 @@ def run(options: Options, *, quiet: bool = False) -> list[dict[str, Any]]:
             found.append(run_seed(out, options.sizes, seed, quiet=quiet))
     finally:
         torch.set_num_threads(before)
-    broken = [f"seed {r['seed']}: {c['claim']} ({c['measured']}; bound {c['bound']})" for r in found for c in r["checks"] if not c["holds"]]
+    broken = [
+        f"seed {r['seed']}: {c['claim']} ({c['measured']}; bound {c['bound']})"
+        for r in found for c in r["checks"] if not c["holds"]
+    ]
     if options.check and broken:
         raise RuntimeError("; ".join(broken))
     return found

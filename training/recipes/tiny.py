@@ -69,8 +69,8 @@ def base(
                          end_of_text=tok.token_id("<|endoftext|>"), tokenizer_sha256=file_sha256(file))
     config = Config(
         data=out / "train", eval_data=out / "held_out", tokenizer=file, out=out / "run", steps=steps, seq_len=128, rows=16,
-        lr=5e-3, optimizer="muon", warmup=min(20, steps // 5), decay=0.5, seed=seed, dtype="float32", eval_every=max(1, steps // 4),
-        log_every=max(1, steps // 10), save_every=max(1, steps // 4),
+        lr=5e-3, optimizer="muon", warmup=min(20, steps // 5), decay=0.5, seed=seed, device="cpu", dtype="float32",
+        eval_every=max(1, steps // 4), log_every=max(1, steps // 10), save_every=max(1, steps // 4),
     )
     final = train(config, model_config=model(width, layers), quiet=quiet)
     trained = model_io.load(final)

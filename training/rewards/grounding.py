@@ -7,11 +7,12 @@ import re
 from . import Problem, Reply, SingleTurn, rng_of
 
 NAMES = ("Arden", "Belmar", "Corvo", "Dunmore", "Elsin", "Farrow", "Galten", "Hollis", "Irel", "Jorvik", "Kelda", "Lorne")
+RIVERS, TRADES = ("Ouse", "Tarn", "Leve", "Mira", "Sorn"), ("glass", "salt", "wool", "paper", "bells")
 FACTS = {
     "founded": ("was founded in {}", "In which year was {} founded?", lambda rng: str(rng.randint(1100, 1900))),
     "bridges": ("has {} bridges", "How many bridges does {} have?", lambda rng: str(rng.randint(2, 60))),
-    "river": ("lies on the river {}", "On which river does {} lie?", lambda rng: rng.choice(("Ouse", "Tarn", "Leve", "Mira", "Sorn"))),
-    "trade": ("is known for its {}", "What is {} known for?", lambda rng: rng.choice(("glass", "salt", "wool", "paper", "bells"))),
+    "river": ("lies on the river {}", "On which river does {} lie?", lambda rng: rng.choice(RIVERS)),
+    "trade": ("is known for its {}", "What is {} known for?", lambda rng: rng.choice(TRADES)),
 }
 UNKNOWN = "not in the passages"
 

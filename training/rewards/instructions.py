@@ -102,7 +102,9 @@ def _keys(rng: random.Random) -> tuple[dict[str, Any], str]:
     return {"keys": keys}, f'Reply with a JSON object that has exactly the keys "{keys[0]}" and "{keys[1]}".'
 
 
-_WHOLE = frozenset({"json_keys", "json_object", "all_caps", "all_lowercase", "quoted", "code_block", "numbered_list", "bullets"})
+_WHOLE = frozenset({
+    "json_keys", "json_object", "all_caps", "all_lowercase", "quoted", "code_block", "numbered_list", "bullets",
+})
 _CASE = frozenset({"all_caps", "all_lowercase", "first_word", "title_line", "capital_words", "end_phrase", "section"})
 _JSON = _WHOLE | frozenset({
     "paragraphs", "section", "title_line", "end_phrase", "first_word", "postscript", "capital_words", "bold", "separator",
@@ -131,14 +133,17 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "word_times": Constraint(_word_times, lambda t, word, n: _count(t, word) == n),
     "exclude_letter": Constraint(_letter, lambda t, letter: letter not in t.lower(), frozenset({
         "include_word", "word_times", "first_word", "end_phrase", "section", "json_keys", "title_line", "postscript"})),
-    "all_lowercase": Constraint(_fixed("Write in lower case only."), lambda t: t == t.lower() and t != t.upper(), _CASE | _JSON),
-    "all_caps": Constraint(_fixed("Write in capital letters only."), lambda t: t == t.upper() and t != t.lower(), _CASE | _JSON),
+    "all_lowercase": Constraint(_fixed("Write in lower case only."), lambda t: t == t.lower() and t != t.upper(),
+                                _CASE | _JSON),
+    "all_caps": Constraint(_fixed("Write in capital letters only."), lambda t: t == t.upper() and t != t.lower(),
+                           _CASE | _JSON),
     "no_commas": Constraint(_fixed("Do not use any commas."), lambda t: "," not in t, frozenset({"json_keys"})),
     "question_end": Constraint(_fixed("End with a question."), lambda t: t.rstrip().endswith("?"), _WHOLE | {
         "end_phrase", "postscript"}),
-    "first_word": Constraint(_word('Start with the word "{}".'), lambda t, word: words(t)[:1] != [] and words(t)[0].lower() == word,
+    "first_word": Constraint(_word('Start with the word "{}".'), lambda t, word: [w.lower() for w in words(t)[:1]] == [word],
                              _CASE | _WHOLE),
-    "end_phrase": Constraint(_phrase, lambda t, phrase: t.rstrip().endswith(phrase), _CASE | _WHOLE | {"postscript", "question_end"}),
+    "end_phrase": Constraint(_phrase, lambda t, phrase: t.rstrip().endswith(phrase),
+                             _CASE | _WHOLE | {"postscript", "question_end"}),
     "title_line": Constraint(_fixed("Put a title in double angle brackets on the first line, like <<title>>."),
                              lambda t: re.match(r"<<[^<>\n]+>>\s*\n", t.lstrip()) is not None,
                              _CASE | _WHOLE | {"paragraphs", "sentence_count"}),
@@ -147,9 +152,11 @@ CONSTRAINTS: Mapping[str, Constraint] = {
                              "end_phrase", "first_word", "title_line", "postscript", "question_end", "section"}),
     "json_object": Constraint(_fixed("Reply with a JSON object and nothing else."), _is_json, _JSON | _CASE),
     "json_keys": Constraint(_keys, lambda t, keys: _is_json(t) and sorted(json.loads(t)) == keys, _JSON | _CASE),
-    "section": Constraint(_number("n", 2, 3, 'Write {} sections that begin with the lines "SECTION 1", "SECTION 2" and so on.'),
-                          lambda t, n: re.findall(r"^SECTION (\d+)\s*$", t, re.MULTILINE) == [str(i) for i in range(1, n + 1)],
-                          _WHOLE | _CASE | {"paragraphs", "sentence_count"}),
+    "section": Constraint(
+        _number("n", 2, 3, 'Write {} sections that begin with the lines "SECTION 1", "SECTION 2" and so on.'),
+        lambda t, n: re.findall(r"^SECTION (\d+)\s*$", t, re.MULTILINE) == [str(i) for i in range(1, n + 1)],
+        _WHOLE | _CASE | {"paragraphs", "sentence_count"},
+    ),
     "postscript": Constraint(_fixed('Add a postscript as the last line, which starts with "P.S."'),
                              lambda t: t.strip().split("\n")[-1].startswith("P.S.") and len(t.strip().split("\n")) > 1,
                              _WHOLE | {"paragraphs", "sentence_count", "question_end", "end_phrase"}),

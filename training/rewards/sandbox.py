@@ -27,8 +27,9 @@ MAX_OUTPUT = 4000  # characters that the model gets to see
 _GUARD = """
 import sys, os
 def _guard(folder=os.path.realpath(os.getcwd()), os=os):
-    banned = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.kill", "os.putenv", "ctypes.",
-              "os.chmod", "os.chown", "os.link", "os.symlink", "shutil.", "pty.", "webbrowser.", "urllib.", "ftplib.", "os.forkpty")
+    banned = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.kill", "os.putenv",
+              "ctypes.", "os.chmod", "os.chown", "os.link", "os.symlink", "shutil.", "pty.", "webbrowser.", "urllib.",
+              "ftplib.")
     writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     real, join, sep, fspath = os.path.realpath, os.path.join, os.sep, os.fspath
     def inside(path):
