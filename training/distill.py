@@ -8,6 +8,7 @@ reward is needed; rewards are measured all the same.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,11 @@ def distill(config: DistillConfig, *, families: Mapping[str, Family] | None = No
                 seed=mixed_seed(config.seed, "sample", n), temperature=config.temperature, max_tokens=config.max_tokens,
                 max_prompt=config.max_prompt, slots=config.slots,
             )
-            parts = [episodes[i :: config.mini_batches] for i in range(config.mini_batches)]
-            for part in parts:
-                samples = normalised([Sample(e.tokens, e.mask) for e in part])
-                metrics = run.update(samples, loss, config.lr_at(n))
-            return summary(episodes) | metrics
+            parts = [p for i in range(config.mini_batches) if (p := episodes[i :: config.mini_batches])]
+            stats = [
+                run.update(normalised([Sample(e.tokens, e.mask) for e in part]), loss, config.lr_at(n)) for part in parts
+            ]
+            return summary(episodes) | {name: statistics.fmean(s[name] for s in stats) for name in stats[0]}
 
         return train(config, step, data={"teacher": file_sha256(config.teacher / "config.json")}, quiet=quiet)
 

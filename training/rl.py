@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -342,10 +343,14 @@ def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None,
 
         def step(run: Run, n: int) -> dict[str, float]:
             levels, tilt = run.state["levels"], run.state["tilt"]
-            problems = draw(config, families, levels, n)
+            problems, clock = draw(config, families, levels, n), time.perf_counter()
             episodes = play(run.model, run.tokenizer, families, problems, repeats=config.group_size,
                             seed=mixed_seed(config.seed, "sample", n), record_experts=config.replay_routing, **options)
-            found = summary(episodes)
+            found, seconds = summary(episodes), time.perf_counter() - clock
+            run.log.write("speed", n + 1, {
+                "rollouts_per_s": len(episodes) / seconds,
+                "sampled_tokens_per_s": sum(len(t) for e in episodes for t in e.turns) / seconds,
+            })
             metrics = found | learn(run, episodes, config, n, tilt=tilt)
             metrics |= {f"level/{k}": v for k, v in levels.items()} | {"tilt": tilt}
             metrics |= {"timeouts": pool.timeouts, "crashes": pool.crashes, "scorer_errors": pool.errors}
@@ -362,7 +367,7 @@ def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None,
 
 
 def evaluate(model: Qwen3, tokenizer: Tokenizer, families: Mapping[str, Family], config: RLConfig) -> dict[str, float]:
-    """Sampled once per held-out problem, at every level that there is up to the starting one and one beyond."""
+    """Held-out problems of the level that the run started at, one sample each: {"family/reward", "/format", "/length"}."""
     found = {}
     for name, family in families.items():
         problems = held_out({name: family}, min(config.level, family.max_level), config.eval_problems)
