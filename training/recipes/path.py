@@ -64,6 +64,7 @@ class Sizes:
     student_base_steps: int = 500
     off_policy_steps: int = 150
     student_steps: int = 40
+    student_rl_steps: int = 80  # about as long as distillation's, which reads the teacher, too
     groups: int = 32
     group_size: int = 8
     eval_problems: int = 128  # per level and mode
@@ -176,7 +177,8 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
         general, off, out / "on_policy", **(both | {"lr": 5e-4, "mini_batches": 2})), quiet=quiet))
     measured("on-policy distillation", on, modes[1:], several=True)
     student_rl = stage("RL of the student", lambda: reinforce(reasoning_rl.recipe(off, out / "student_rl", **(
-        both | {"lr": sizes.rl_lr, "mini_batches": 2, "pass_band": (0.0, 1.0), "raise_at": 1.0, "eval_every": 0})), quiet=quiet))
+        both | {"steps": sizes.student_rl_steps, "lr": sizes.rl_lr, "mini_batches": 2, "pass_band": (0.0, 1.0), "raise_at": 1.0,
+                "eval_every": 0})), quiet=quiet))
     measured("RL of the student", student_rl, modes[1:], several=True)
 
     console.rule("thinking budget", align="left")
@@ -359,9 +361,9 @@ def write_report(out: Path, results: Mapping[str, Any]) -> None:
          + f"<p>Held-out reward: the right answer in the right format, sampled at temperature 1, {n} problems per cell "
            f"(standard error up to {0.5 / math.sqrt(n):.3f}). After fusion the prompt says which mode.</p>"),
         ("Distillation",
-         f"<p>Student of {results['parameters']['student']:,} parameters, {results['sizes']['student_steps']} steps of as many "
-         f"conversations each: from {mean['off']:.3f} after off-policy distillation to {mean['on']:.3f} on-policy "
-         f"({results['seconds']['on-policy distillation']:.0f} s) and {mean['rl']:.3f} by RL "
+         f"<p>Student of {results['parameters']['student']:,} parameters, steps of as many conversations each: from "
+         f"{mean['off']:.3f} after off-policy distillation to {mean['on']:.3f} in {results['sizes']['student_steps']} steps on-policy "
+         f"({results['seconds']['on-policy distillation']:.0f} s) and {mean['rl']:.3f} in {results['sizes']['student_rl_steps']} of RL "
          f"({results['seconds']['RL of the student']:.0f} s); pass@8 under /think {off['chain/think']['pass_at_8']:.3f}, "
          f"{on['chain/think']['pass_at_8']:.3f} and {control['chain/think']['pass_at_8']:.3f}. On-policy distillation {verdict} "
          "RL here.</p>"),
