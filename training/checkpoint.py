@@ -57,10 +57,11 @@ class Checkpoint:
 
 def save(
     folder: Path, step: int, model: Qwen3, optimizer: Optimizer, fields: dict[str, Any], *, keep: int = 2,
-    extra_files: tuple[Path, ...] = (), save_model: Callable[[Qwen3, Path], None] = model_io.save,
+    extra_files: tuple[Path, ...] = (), save_model: Callable[[Qwen3, Path], None] | None = None,
 ) -> Path:
     """Writes the checkpoint of ``step`` (steps done) and deletes all but the newest ``keep``. ``extra_files`` (a
-    tokenizer) are copied in; ``save_model`` writes the model. On any failure nothing is left behind and the error is
+    tokenizer) are copied in; ``save_model`` writes the model in
+    place of `load.save`. On any failure nothing is left behind and the error is
     raised."""
     if keep < 1:
         raise ValueError(f"keep is {keep}; expected at least 1")
@@ -70,7 +71,7 @@ def save(
         shutil.rmtree(leftover, ignore_errors=True)
     tmp = folder / f".{final.name}.tmp"
     try:
-        save_model(model, tmp)
+        (save_model or model_io.save)(model, tmp)
         save_file(_contiguous(optimizer.state_tensors() | _rng_states()), tmp / "optimizer.safetensors")
         for file in extra_files:
             shutil.copyfile(file, tmp / file.name)

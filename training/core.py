@@ -202,7 +202,7 @@ def train(
                 if last or (step + 1) % config.save_every == 0:
                     checkpoint.save(
                         config.out / "checkpoints", step + 1, run.model, run.optimizer, identity | {"state": run.state},
-                        keep=config.keep, save_model=lora.save if config.lora_rank else model_io.save,
+                        keep=config.keep, save_model=lora.save if config.lora_rank else None,
                     )
             run.save_model(final)
     return final
