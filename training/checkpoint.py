@@ -60,9 +60,8 @@ def save(
     extra_files: tuple[Path, ...] = (), save_model: Callable[[Qwen3, Path], None] | None = None,
 ) -> Path:
     """Writes the checkpoint of ``step`` (steps done) and deletes all but the newest ``keep``. ``extra_files`` (a
-    tokenizer) are copied in; ``save_model`` writes the model in
-    place of `load.save`. On any failure nothing is left behind and the error is
-    raised."""
+    tokenizer) are copied in; ``save_model`` writes the model in place of `load.save`. On any failure nothing is left
+    behind and the error is raised."""
     if keep < 1:
         raise ValueError(f"keep is {keep}; expected at least 1")
     final = folder / f"step-{step:08d}"
