@@ -12,6 +12,7 @@ import re
 import shutil
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,14 @@ class Checkpoint:
 
 def save(
     folder: Path, step: int, model: Qwen3, optimizer: Optimizer, fields: dict[str, Any], *, keep: int = 2,
-    extra_files: tuple[Path, ...] = (),
+    extra_files: tuple[Path, ...] = (), save_model: Callable[[Qwen3, Path], None] | None = None,
 ) -> Path:
     """Writes the checkpoint of ``step`` (steps done) and deletes all but the newest ``keep``. ``extra_files`` (a
-    tokenizer) are copied in. On any failure nothing is left behind and the error is raised."""
+    tokenizer) are copied in; ``save_model`` writes the model in place of `load.save`. On any failure nothing is left
+    behind and the error is raised."""
     if keep < 1:
         raise ValueError(f"keep is {keep}; expected at least 1")
-    return _write(folder, step, model, optimizer.state_tensors() | _rng_states(), fields, keep, extra_files)
+    return _write(folder, step, model, optimizer.state_tensors() | _rng_states(), fields, keep, extra_files, save_model)
 
 
 class Saver:
@@ -126,7 +128,7 @@ def _copy_on_cpu(model: Qwen3) -> Qwen3:
 
 def _write(
     folder: Path, step: int, model: Qwen3, tensors: dict[str, Tensor], fields: dict[str, Any], keep: int,
-    extra_files: tuple[Path, ...],
+    extra_files: tuple[Path, ...], save_model: Callable[[Qwen3, Path], None] | None = None,
 ) -> Path:
     final = folder / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +136,7 @@ def _write(
         shutil.rmtree(leftover, ignore_errors=True)
     tmp = folder / f".{final.name}.tmp"
     try:
-        model_io.save(model, tmp)
+        (save_model or model_io.save)(model, tmp)
         save_file(_contiguous(tensors), tmp / "optimizer.safetensors")
         for file in extra_files:
             shutil.copyfile(file, tmp / file.name)

@@ -1,0 +1,123 @@
+"""Rewards by a model, against a local server and a local model."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from tiny_chat import model, tokenizer, vocabulary  # noqa: F401
+
+from training.rewards import Reply
+from training.rewards.judges import Endpoint, LocalModel, RewardModel, WithReference, grade
+
+
+class Server:
+    """Answers POSTs with what `answer(path, body)` returns: (status, JSON)."""
+
+    def __init__(self, answer):
+        seen = self.seen = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                seen.append((self.path, body, self.headers.get("Authorization")))
+                status, content = answer(self.path, body)
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(answer):
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+def says(text):
+    return 200, {"choices": [{"message": {"content": text}}]}
+
+
+def reply(text):
+    return Reply((), text, None)
+
+
+def test_with_reference(serve):
+    def answer(path, body):
+        prompt = body["messages"][0]["content"]
+        return says("Grade: 9" if "Response:\nParis" in prompt and "Reference:\nParis" in prompt else "They differ. Grade: 1")
+
+    server = serve(answer)
+    family = WithReference([("Capital of France?", "Paris")], Endpoint(server.url, "judge", key="secret"))
+    problem = family.problem(0, 0)
+    assert family.scores([(problem, reply("Paris")), (problem, reply("Rome"))]) == [0.9, 0.1]
+    path, body, authorization = server.seen[0]
+    assert path == "/v1/chat/completions" and body["model"] == "judge" and authorization == "Bearer secret"
+
+
+def test_reward_model(serve):
+    def answer(path, body):
+        good = body["messages"][-1]["content"] == "kind"
+        return 200, {"data": [{"data": [2.0 if good else -2.0]}]}
+
+    server = serve(answer)
+    family = RewardModel(["Hello?"], Endpoint(server.url, "rm").scalar, workers=1)
+    problem = family.problem(3, 0)
+    high, low = family.scores([(problem, reply("kind")), (problem, reply("rude"))])
+    assert high == pytest.approx(0.8808, abs=1e-3) and low == pytest.approx(1 - high)
+    path, body, _ = server.seen[0]
+    assert path == "/pooling" and [m["role"] for m in body["messages"]] == ["user", "assistant"]
+
+
+def test_a_failing_server_is_asked_again_and_then_it_is_an_error(serve):
+    calls = [0]
+
+    def answer(path, body):
+        calls[0] += 1
+        return (503, {}) if calls[0] < 3 else says("Grade: 5")
+
+    endpoint = Endpoint(serve(answer).url, "judge", backoff=0.01)
+    assert endpoint("x") == "Grade: 5" and calls[0] == 3
+    calls[0] = -100
+    with pytest.raises(RuntimeError, match="failed 4 times; last: HTTP 503"):
+        endpoint("x")
+    refused = serve(lambda path, body: (401, {"error": "key"}))
+    with pytest.raises(RuntimeError, match="failed 1 times; last: HTTP 401"):
+        Endpoint(refused.url, "judge", backoff=0.01)("x")
+    with pytest.raises(RuntimeError, match="not a chat completion"):
+        Endpoint(serve(lambda path, body: (200, {"choices": []})).url, "judge")("x")
+    with pytest.raises(RuntimeError, match="failed 2 times"):
+        Endpoint("http://127.0.0.1:9/v1", "judge", retries=1, backoff=0.01)("x")
+
+
+@pytest.mark.parametrize("text, value", [
+    ("Grade: 7", 0.7), ("grade is **10**", 0.0), ("Grade: **10**", 1.0), ("Grade: 3 ... Grade: 8.5", 0.85), ("Grade: 400", 1.0),
+    ("fine", 0.0), ("", 0.0),
+])
+def test_grades(text, value):
+    assert grade(text) == pytest.approx(value)
+
+
+def test_a_local_model_is_asked_the_same_way(model, tokenizer):
+    ask = LocalModel(model, tokenizer, max_tokens=5)
+    assert ask("3+5") == ask("3+5") and isinstance(ask("3+5"), str)
+    family = WithReference([("q", "a")], ask, workers=1)
+    assert 0 <= family.scores([(family.problem(0, 0), reply("a"))])[0] <= 1
+    with pytest.raises(ValueError, match="items is empty"):
+        WithReference([], ask)

@@ -1,0 +1,175 @@
+"""The recipes of post-training: their data, their settings and the report's parts."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_chat import model, model_folder, tokenizer, vocabulary  # noqa: F401
+
+from training import checkpoint, sft
+from training.distill import DistillConfig
+from training.filters import Validation
+from training.log import FILE
+from training.recipes import cold_start, distill, fusion, general_rl, path, reasoning_rl, tiny
+from training.rewards.chains import Chain, worked
+from training.rl import RLConfig
+from training.sft import SFTConfig, encode
+
+ROOT = Path(__file__).resolve().parents[2]
+A, B, C = Path("a"), Path("b"), Path("c")
+
+
+def problems(count, level=2, flag=""):
+    return [Chain(flag).problem(i, level) for i in range(count)]
+
+
+def test_the_vocabulary_has_digits_and_the_formats_words(tokenizer):
+    assert tokenizer.vocab_size == tiny.VOCAB_SIZE
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("e3f+2")] == list("e3f+2")
+    assert len(tokenizer.encode("<|im_start|>user\n")) == 3 and len(tokenizer.encode("\n\n")) == 1
+
+
+def test_base_text():
+    texts = list(tiny.texts(400, 1))
+    assert texts == list(tiny.texts(400, 1)) != list(tiny.texts(400, 2))
+    chats = [t for t in texts if t.startswith("<|im_start|>user\n")]
+    assert 180 < len(chats) < 300 and not any("think" in t for t in texts)
+    for t in chats[:20]:
+        chain = t.split("\n")[1].removesuffix("<|im_end|>")
+        assert f"\n{worked(chain)}\n\n{worked(chain)[-1]}<|im_end|>" in t
+    assert {len(t.split("\n")[1].removesuffix("<|im_end|>")) for t in chats} == {5, 8, 11, 14, 17}
+
+
+def test_cold_start_keeps_the_good_responses():
+    candidates = cold_start.chain_candidates(problems(150), seed=0)
+    kept, counts = cold_start.conversations(candidates, Validation([problems(1)[0].messages[0]["content"]]))
+    assert {"kept", "wrong answer", "repetition", "guesswork", "inconsistent", "language mixing", "near a validation item"} <= counts.keys()
+    right = {p.messages[0]["content"]: p.data for p in problems(150)}
+    assert 100 < len(kept) < 150, "one of a query"
+    for user, reply in kept:
+        data = right[user["content"]]
+        assert (reply["reasoning_content"], reply["content"]) == (worked(data["chain"]), data["answer"])
+    assert problems(1)[0].messages[0]["content"] not in {c[0]["content"] for c in kept}
+
+
+def test_fusion_conversations_can_be_trained_on(tokenizer):
+    thinking = [[*p.messages, {"role": "assistant", "reasoning_content": worked(p.data["chain"]), "content": "1"}] for p in problems(40)]
+    direct = [[*p.messages, {"role": "assistant", "content": "1"}] for p in problems(40)]
+    made = fusion.conversations(thinking, direct, 3)
+    assert made == fusion.conversations(thinking, direct, 3) and len(made) == 80
+    found = [s for c in made for s in encode(tokenizer, c)]
+    assert 85 < len(found) < 130, "some have two turns"
+    empty = tokenizer.encode("<think>\n\n</think>\n\n")
+    replies = [[t for t, w in zip(s.tokens, s.weights) if w] for s in found]
+    assert 0.35 < sum(r[: len(empty)] == empty for r in replies) / len(replies) < 0.65
+
+
+def test_recipes_are_configs():
+    assert isinstance(cold_start.recipe(A, B, C), SFTConfig) and isinstance(fusion.recipe(A, B, C), SFTConfig)
+    assert isinstance(distill.off_policy(A, B, C), SFTConfig) and isinstance(distill.on_policy(A, B, C), DistillConfig)
+    rl, general = reasoning_rl.recipe(A, B), general_rl.recipe(A, B, steps=7)
+    assert isinstance(rl, RLConfig) and len(rl.families) >= 20 and len(general.families) >= 20 and general.steps == 7
+    with pytest.raises(TypeError, match="stepz"):
+        reasoning_rl.recipe(A, B, stepz=7)
+    with pytest.raises(ValueError, match="seeds"):
+        path.Options(seeds=())
+
+
+def test_the_budget_cuts_the_thinking(model, tokenizer, monkeypatch):
+    seen = []
+    real = path.generate
+
+    def spy(*args, **options):
+        done = real(*args, **options)
+        seen.append((options["guides"][0], done))
+        return done
+
+    monkeypatch.setattr(path, "generate", spy)
+    curve = path.budget_curve(model, tokenizer, 4, levels=(0,))
+    assert curve["budgets"] == [0, 3, 6, 9, 12] and len(curve["mean"]) == 5 and curve["count"] == 4
+    ends = tokenizer.encode("\n</think>\n\n")
+    for budget, (guide, done) in zip(curve["budgets"], seen):
+        assert guide([1] * (2 + budget)) == ends and guide([1] * (1 + budget)) == ()
+        assert guide([1, tokenizer.end_think_id] + [1] * budget) == ()
+        for c in done:
+            if c.forced:
+                assert c.ids[2 + budget :][: len(ends)] == ends
+
+
+def test_plots(tmp_path):
+    path.png(tmp_path / "p.png", {"a": [(0, 1.0), (1, 2.0)], "none": []}, "x", "y")
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG" and [p.name for p in tmp_path.iterdir()] == ["p.png"]
+
+
+def results(**changes):
+    """What `checks` reads, of a run in which all holds."""
+    def stage(reward, no_thinking=0.0):
+        return {"reward": reward, "no_thinking": no_thinking}
+
+    base = {
+        "stages": {
+            "cold start": {"chain": stage(0.4)}, "reasoning RL": {"chain": stage(0.6)},
+            **{n: {"chain/think": stage(0.7), "chain/no_think": stage(0.3, 1.0)} for n in ("fusion", "general RL")},
+        },
+        "budgets": {"mean": [0.2, 0.4, 0.39, 0.7], "count": 256}, "invariant": True, "nll": {"fusion": (1.0, 0.5)},
+        "no_cold_start": "sampled pass rate 0.000 over 256 conversations. too hard",
+    }
+    return base | changes
+
+
+@pytest.mark.parametrize("changes, broken", [
+    ({}, []),
+    ({"budgets": {"mean": [0.2, 0.6, 0.4, 0.7], "count": 256}}, ["accuracy rises with the thinking budget"]),
+    ({"nll": {"fusion": (1.0, 1.1)}}, ["held-out loss falls in fusion"]),
+    ({"no_cold_start": "it started"}, ["reasoning RL refuses a model without cold start"]),
+    ({"stages": results()["stages"] | {"reasoning RL": {"chain": {"reward": 0.49}}}}, ["reasoning RL raises the held-out reward"]),
+    ({"stages": results()["stages"] | {"fusion": {"chain/think": {"reward": 0.2}, "chain/no_think": {"reward": 0.3, "no_thinking": 0.98}}}},
+     ["/no_think has 0 thinking tokens after fusion", "/think beats /no_think after fusion"]),
+])
+def test_claims_can_fail(tmp_path, changes, broken):
+    for name in ("rl", "general", "student_rl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / FILE).write_text('{"kind": "train", "step": 1, "max_gap": 0.0, "sampled_entropy": 0.1}\n')
+    assert [c["claim"] for c in path.checks(results(**changes), tmp_path) if not c["holds"]] == broken
+    (tmp_path / "general" / FILE).write_text('{"kind": "train", "step": 1, "max_gap": 1e-6, "sampled_entropy": 0.1}\n')
+    found = path.checks(results(**changes), tmp_path)
+    assert "max |d log p| of sampler and trainer" in [c["claim"] for c in found if not c["holds"]]
+
+
+def test_a_run_that_is_killed_goes_on_in_the_same_bits(tmp_path, model_folder):
+    """kill -9 at a random step of the command."""
+    data = tmp_path / "data.jsonl"
+    sft.write(data, [
+        [{"role": "user", "content": p.data["chain"]}, {"role": "assistant", "reasoning_content": worked(p.data["chain"]), "content": "1"}]
+        for p in problems(60)
+    ])
+
+    def start(out):
+        args = {"start": model_folder, "data": data, "out": out, "steps": 20, "rows": 4, "lr": "1e-3", "save-every": 3,
+                "device": "cpu", "dtype": "float32"}
+        command = [sys.executable, "-m", "training.sft", "--no-tensorboard", *(str(x) for k, v in args.items() for x in (f"--{k}", v))]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    reference, victim = start(straight), start(broken)
+    stop_at, deadline = random.randrange(4, 16), time.monotonic() + 120
+    while victim.poll() is None and time.monotonic() < deadline:
+        metrics = broken / FILE
+        if metrics.exists() and metrics.read_text().count('"train"') >= stop_at:
+            victim.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    victim.communicate(timeout=120)
+    assert victim.returncode == -signal.SIGKILL and checkpoint.latest(broken / "checkpoints").step < 20, f"killed after {stop_at}"
+    for process in (start(broken), reference):
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    a, b = (checkpoint.latest(out / "checkpoints").path for out in (straight, broken))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (a / file).read_bytes() == (b / file).read_bytes(), f"{file}, killed after {stop_at} steps"

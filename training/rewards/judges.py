@@ -1,0 +1,152 @@
+"""Rewards by a model: with a reference answer, or a reward model's scalar; through an endpoint or a local model."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import Problem, Reply, SingleTurn
+
+if TYPE_CHECKING:
+    from qwen3_model.model import Qwen3
+    from qwen3_model.tokenizer import Tokenizer
+
+Ask = Callable[[str], str]
+"""A prompt in, a model's reply out."""
+
+REFERENCE = (
+    "Compare a response with the reference answer to the same query. Do they agree in substance?\n\n"
+    "Query:\n{query}\n\nReference:\n{reference}\n\nResponse:\n{response}\n\n"
+    "Reply with a grade from 0 (wrong) to 10 (agrees in full), as: Grade: <number>"
+)
+_GRADE = re.compile(r"grade\W{0,4}(\d+(?:\.\d+)?)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server. Requests that fail are repeated ``retries`` times, waiting 1, 2, 4, ... times
+    ``backoff`` seconds; then RuntimeError, since a reward of 0 for a server's failure would teach the wrong thing."""
+
+    url: str  # up to and with /v1
+    model: str
+    key: str = ""
+    timeout: float = 60.0
+    retries: int = 3
+    backoff: float = 1.0
+
+    def __call__(self, prompt: str) -> str:
+        """The reply to one user message, greedily decoded."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+        answer = self.post("chat/completions", body)
+        try:
+            return answer["choices"][0]["message"]["content"] or ""
+        except (KeyError, IndexError, TypeError) as e:
+            raise RuntimeError(f"{self.url}: not a chat completion: {str(answer)[:200]}") from e
+
+    def scalar(self, messages: Sequence[dict[str, Any]]) -> float:
+        """A reward model's score of a conversation, by the pooling route that vLLM and SGLang serve."""
+        answer = self.post("pooling", {"model": self.model, "messages": list(messages)}, root=True)
+        try:
+            value = answer["data"][0]["data"]
+            while isinstance(value, list):
+                value = value[-1]
+            return float(value)
+        except (KeyError, IndexError, TypeError, ValueError) as e:
+            raise RuntimeError(f"{self.url}: not a reward: {str(answer)[:200]}") from e
+
+    def post(self, route: str, body: dict[str, Any], *, root: bool = False) -> Any:
+        base = self.url.rstrip("/")
+        url = f"{base.removesuffix('/v1') if root else base}/{route}"
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        for attempt in range(self.retries + 1):
+            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as e:
+                reason = f"HTTP {e.code}: {e.read(200).decode('utf-8', 'replace')}"
+                if e.code < 500 and e.code != 429:  # the same request would fail again
+                    break
+            except (OSError, ValueError) as e:
+                reason = repr(e)
+            if attempt < self.retries:
+                time.sleep(self.backoff * 2**attempt)
+        raise RuntimeError(f"{url} failed {attempt + 1} times; last: {reason}")
+
+
+class LocalModel:
+    """The same by a model in this process."""
+
+    def __init__(self, model: Qwen3, tokenizer: Tokenizer, *, max_tokens: int = 512, thinking: bool = False):
+        self._model, self._tokenizer, self._max_tokens, self._thinking = model, tokenizer, max_tokens, thinking
+
+    def __call__(self, prompt: str) -> str:
+        from qwen3_model.sampling import SamplingParams
+        from qwen3_model.thinking import chat
+
+        messages = [{"role": "user", "content": prompt}]
+        reply = chat(self._model, self._tokenizer, messages, enable_thinking=None if self._thinking else False,
+                     params=SamplingParams(temperature=0.0, max_tokens=self._max_tokens))
+        return reply.parsed.content
+
+
+def grade(reply: str) -> float:
+    """The grade in a judge's reply as a share of 10; 0 without one."""
+    found = _GRADE.findall(reply)
+    return min(float(found[-1]) / 10, 1.0) if found else 0.0
+
+
+class _Queries(SingleTurn):
+    def __init__(self, items: Sequence[tuple[str, str]], workers: int):
+        if not items:
+            raise ValueError("items is empty; expected pairs of query and reference")
+        self._items, self._workers = list(items), workers
+
+    def problem(self, seed: int, level: int) -> Problem:
+        query, reference = self._items[seed % len(self._items)]
+        return Problem(self.name, ({"role": "user", "content": query},), {"query": query, "reference": reference}, level)
+
+    def scores(self, pairs: Sequence[tuple[Problem, Reply]]) -> list[float]:
+        if self._workers == 1:
+            return super().scores(pairs)
+        with ThreadPoolExecutor(self._workers) as pool:
+            return list(pool.map(lambda pair: self.score(*pair), pairs))
+
+
+class WithReference(_Queries):
+    """A judge compares the reply with a reference answer."""
+
+    name = "judge_with_reference"
+
+    def __init__(self, items: Sequence[tuple[str, str]], ask: Ask, *, workers: int = 8):
+        super().__init__(items, workers)
+        self._ask = ask
+
+    def score(self, problem: Problem, reply: Reply) -> float:
+        return grade(self._ask(REFERENCE.format(response=reply.content, **problem.data)))
+
+
+class RewardModel(_Queries):
+    """A reward model's scalar, through a sigmoid of (scalar - centre) / width into [0, 1]."""
+
+    name = "reward_model"
+
+    def __init__(
+        self, queries: Sequence[str], scalar: Callable[[Sequence[dict[str, Any]]], float], *, centre: float = 0.0,
+        width: float = 1.0, workers: int = 8,
+    ):
+        super().__init__([(q, "") for q in queries], workers)
+        self._scalar, self._centre, self._width = scalar, centre, width
+
+    def score(self, problem: Problem, reply: Reply) -> float:
+        import math
+
+        x = (self._scalar([*problem.messages, {"role": "assistant", "content": reply.content}]) - self._centre) / self._width
+        return 1 / (1 + math.exp(-max(-60.0, min(60.0, x))))
