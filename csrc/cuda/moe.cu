@@ -19,6 +19,8 @@
 #include "cuda/moe.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <utility>
 
 #include "cuda/hopper.h"
 
@@ -40,7 +42,9 @@ constexpr int kLead = 2;  // steps by which the second warpgroup starts after th
 constexpr int kSlab = 64 * kStep * 2;  // bytes of 64 rows x 64 elements, the unit that a transposed operand is made of
 constexpr uint32_t kOwnBytes = kOwn * kStep * 2, kSharedBytes = kShared * kStep * 2;
 constexpr uint32_t kStageBytes = kOwnBytes + kSharedBytes;
-constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8;
+constexpr int kAhead = 2;  // slots of a deferred epilogue for which it has what it reads on its way
+constexpr int kLandingBytes = kAhead * 2 * 128 * kConsumers * 16;
+constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8 + kLandingBytes;
 
 struct Gemm {
   const int32_t *offsets, *slot;
@@ -55,6 +59,7 @@ struct Gemm {
   float* partial;
   int64_t out_expert;
   bool accumulate;
+  int lead;
 };
 
 struct Tile {
@@ -372,9 +377,185 @@ __device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Pla
   }
 }
 
+__device__ inline uint4 load_shared(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+  return x;
+}
+
+// --- the epilogue of a tile between the products of the next one
+
+template <class F, int... I> __device__ __forceinline__ void unrolled(std::integer_sequence<int, I...>, F f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+
+// A tile's results, rounded to bf16 when its products are done. Its epilogue is kSlots pieces of work, which the
+// warpgroup does one by one while later products run; what a slot reads comes by cp.async, asked for kAhead slots before
+// and without costing registers: 32 bytes a thread, which nobody else touches.
+template <Task TASK> class Deferred {
+ public:
+  static constexpr int kSlots = TASK == Task::down_backward ? 16 : 8;
+  template <class F> static __device__ __forceinline__ void each_slot(F f) { unrolled(std::make_integer_sequence<int, kSlots>{}, f); }
+
+  __device__ Deferred(const Gemm& g, uint8_t* landing)
+      : g_(g), landing_(shared_address(landing) + (threadIdx.x - 128) * 16), packed_{}, weight_{} {}
+
+  // acc: the products, done. Until the first call, and again after all slots, there is nothing to do.
+  __device__ void take(const float (&acc)[128], const Tile& t, const Place& p, const float (&weight)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int from = 16 * j + 4 * i + 2 * half;  // volatile: neither before the wait for the products, nor late
+          asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;"
+                       : "=r"(packed_[4 * (8 * half + j) + i]) : "f"(acc[from + 1]), "f"(acc[from]));
+        }
+    place_ = p, expert_ = t.expert;
+    limit_ = TASK == Task::grad_left ? g_.own_columns : TASK == Task::grad_right ? g_.columns : t.end;
+    if constexpr (TASK == Task::down_backward) weight_[0] = weight[0], weight_[1] = weight[1];
+    if (reads()) {
+      load<0>();
+      load<1>();
+      static_assert(kAhead == 2);
+    }
+  }
+
+  template <int SLOT> __device__ __forceinline__ void run() {
+    uint4 read[2] = {};
+    if (reads()) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
+#pragma unroll
+      for (int i = 0; i < 2; ++i) read[i] = load_shared(landing<SLOT>(i));
+    }
+    if constexpr (TASK == Task::up) {
+      up<SLOT / 4, SLOT % 4>();
+    } else if constexpr (TASK == Task::down_backward) {
+      down_backward<SLOT / 8, SLOT % 8>(read);
+    } else {
+      store<SLOT / 4, SLOT % 4 * 2>(read[0]);
+      store<SLOT / 4, SLOT % 4 * 2 + 1>(read[1]);
+    }
+    if (reads()) load<SLOT + kAhead>();  // to where this slot has read
+  }
+  __device__ void done() { limit_ = 0; }
+
+ private:
+  __device__ bool reads() const { return TASK == Task::down_backward || (is_gradient(TASK) && g_.accumulate); }
+  template <int SLOT> __device__ uint32_t landing(int i) const {
+    return landing_ + (SLOT % kAhead * 2 + i) * (128 * kConsumers * 16);
+  }
+  // One group of copies, empty ones too, so that the groups can be counted.
+  template <int SLOT> __device__ void load() {
+    if constexpr (SLOT < kSlots) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bf16* from;
+        bool live;
+        if constexpr (TASK == Task::down_backward) {
+          const int row = place_.row + SLOT / 8 * 8, column = place_.column + SLOT % 8 * 32 + 8 * place_.q;
+          live = row < limit_ && column < g_.columns;
+          from = element(g_.h, row, column + i * g_.columns);
+        } else {
+          from = result<SLOT / 4, SLOT % 4 * 2>(i, live) + 8 * place_.q;
+        }
+        copy_async(landing<SLOT>(i), live ? from : g_.out.data, live ? 16 : 0);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  template <int HALF, int J> __device__ void gather(uint32_t (&pairs)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = packed_[4 * (8 * HALF + J) + i];
+    quad_transpose(pairs, place_.q);
+  }
+  // Where block J + next of 32 columns goes, in all tasks that store what they multiply.
+  template <int HALF, int J> __device__ bf16* result(int next, bool& live) const {
+    constexpr int kBlocks = TASK == Task::grad_right ? 4 : 8;
+    const int row = place_.row + 8 * HALF + J / kBlocks * 64, column = place_.column + (J % kBlocks + next) * 32;
+    live = row < limit_ && column + 8 * place_.q < (TASK == Task::grad_right ? g_.own_columns : g_.columns);
+    return element(g_.out, row, column) + (is_gradient(TASK) ? expert_ * g_.out_expert : 0);
+  }
+
+  template <int HALF, int J> __device__ void store(const uint4& old) {
+    bool live;
+    bf16* const to = result<HALF, J / 2 * 2>(J % 2, live);
+    uint32_t pairs[4];
+    gather<HALF, J>(pairs);
+    if (reads()) {
+      const uint32_t before[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack(before[i]), y = unpack(pairs[i]);
+        pairs[i] = pack(x.x + y.x, x.y + y.y);
+      }
+    }
+    store8(to, pairs, place_.q, live);
+  }
+
+  template <int HALF, int J> __device__ void up() {
+    const int row = place_.row + 8 * HALF, column = place_.column + 32 * J;
+    const bool live = row < limit_ && column + 8 * place_.q < g_.columns;
+    uint32_t gate[4], up[4], product[4];
+    gather<HALF, J>(gate), gather<HALF, J + 4>(up);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack(gate[i]), y = unpack(up[i]);
+      product[i] = pack(x.x * sigmoid(x.x) * y.x, x.y * sigmoid(x.y) * y.y);
+    }
+    bf16* const to = element(g_.out, row, column);
+    store8(to, gate, place_.q, live);
+    store8(to + g_.columns, up, place_.q, live);
+    store8(element(g_.second, row, column), product, place_.q, live);
+  }
+
+  template <int HALF, int J> __device__ void down_backward(const uint4 (&h)[2]) {
+    const int row = place_.row + 8 * HALF, column = place_.column + 32 * J;
+    const bool live = row < limit_ && column + 8 * place_.q < g_.columns;
+    uint32_t gate[4] = {h[0].x, h[0].y, h[0].z, h[0].w}, up[4] = {h[1].x, h[1].y, h[1].z, h[1].w}, da[4];
+    gather<HALF, J>(da);
+    if (J == 0) sum_ = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack(gate[i]), y = unpack(up[i]), ds = unpack(da[i]);
+      float dx[2], dy[2], a[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float v = c ? x.y : x.x, u = c ? y.y : y.x, d = c ? ds.y : ds.x;
+        const float s = sigmoid(v), silu = v * s, product = silu * u, scaled_da = weight_[HALF] * d;
+        sum_ = fmaf(d, product, sum_);
+        a[c] = weight_[HALF] * product;
+        dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
+        dy[c] = scaled_da * silu;
+      }
+      da[i] = pack(a[0], a[1]), gate[i] = pack(dx[0], dx[1]), up[i] = pack(dy[0], dy[1]);
+    }
+    bf16* const to = element(g_.out, row, column);
+    store8(to, gate, place_.q, live);
+    store8(to + g_.columns, up, place_.q, live);
+    store8(element(g_.second, row, column), da, place_.q, live);
+    if (J == 7) {
+      float sum = sum_;
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      if (place_.q == 0 && row < limit_ && place_.column < g_.columns)
+        g_.partial[int64_t(row) * tiles_of(g_.columns, columns_of(TASK)) + place_.column / columns_of(TASK)] = sum;
+    }
+  }
+
+  const Gemm& g_;
+  const uint32_t landing_;
+  uint32_t packed_[64];  // 4 (8 half + j) + i: the pair of columns 32 j + 8 i + 2 q of row + 8 half
+  float weight_[2], sum_ = 0;
+  Place place_{0, 0, int(threadIdx.x % 4)};
+  int expert_ = 0, limit_ = 0;  // limit_: the row at which the results end
+};
+
 // --- the kernel
 
-template <Task TASK, class Out>
+template <Task TASK, class Out, bool DEFERRED>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap own_map, const __grid_constant__ CUtensorMap shared_map,
                 const __grid_constant__ Gemm g) {
@@ -383,6 +564,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
   uint64_t* const empty = full + kStages;
+  uint8_t* const landing = reinterpret_cast<uint8_t*>(empty + kStages);
   const auto own_tile = [&](int stage) { return stages + stage * kStageBytes; };
   const auto shared_tile = [&](int stage) { return own_tile(stage) + kOwnBytes; };
 
@@ -400,14 +582,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
 
   Walk<TASK> walk(g, rank);
   Tile t{};
-  int stage = 0;
-  uint32_t phase = 0;
-  const auto next_stage = [&] {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  };
+  uint32_t turn = 0;  // steps so far, of all tiles
+  static_assert((kStages & (kStages - 1)) == 0);
+#define stage (turn % kStages)
+#define phase (turn / kStages & 1)
+  const auto next_stage = [&] { ++turn; };
 
   if (threadIdx.x < 128) {
-    registers_release<56>();  // 56 + 2 x 224 = 3 x 168, what a thread of three warpgroups starts with
+    registers_release<DEFERRED ? 40 : 56>();  // 56 + 2 x 224 = 40 + 2 x 232 = 3 x 168, what a thread of three warpgroups starts with
     const auto load_shared_half = [&](int half, int k, auto load) {  // load: of a box, at (x, y, z)
       if constexpr (is_transposed(TASK)) {
         for (int slab = 2 * half; slab < 2 * half + 2; ++slab)
@@ -480,19 +662,21 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       }
     }
   } else {
-    registers_take<224>();
+    registers_take<DEFERRED ? 232 : 224>();
     const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
     const auto release = [&](int s) {
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
     };
     float acc[128];
+    Deferred<TASK> last(g, landing);
     for (bool first = true; walk.next(t); first = false) {
-      const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(kLead, steps) - 1 : -1;
-      if (first && consumer == 1) named_sync(1, 256);
-      // Nothing but padding: no products, and the other warpgroup has the tensor cores for itself.
+      const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(g.lead, steps) - 1 : -1;
+      if (first && consumer == 1 && g.lead > 0) named_sync(1, 256);
+      // Nothing but padding: no products, and the other warpgroup has the tensor cores for itself. A deferred epilogue
+      // waits for the next tile with products.
       if (!kGradient && t.own + consumer * 64 >= t.end) {
-        // One warp for all: without products to keep them together, one that is late from the last epilogue could find that
-        // a barrier has gone round twice.
+        // One warp for all: without products to keep them together, one that is late from the last epilogue could find
+        // that a barrier has gone round twice.
         for (int k = 0; k < steps; ++k) {
           if (warp == 0) barrier_wait(full + stage, phase), release(stage);
           next_stage();
@@ -501,45 +685,67 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         continue;
       }
       const Place own{t.own + consumer * 64 + warp * 16 + lane / 4, t.column, q};
-      float weight[2];  // read before the products, which hide the latency
-      if constexpr (TASK == Task::down_backward) {
+      const Place place = TASK == Task::grad_right
+                              ? Place{t.column + consumer * 128 + warp * 16 + lane / 4, t.own, q} : own;
+      float weight[2] = {};  // read before the products, which hide the latency
+      if constexpr (TASK == Task::down_backward && !DEFERRED) {
         Activations::prefetch(g, t, t.own + consumer * 64);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           weight[half] = own.row + 8 * half < t.end ? __ldg(g.weights + __ldg(g.slot + own.row + 8 * half)) : 0;
       }
-      int before = 0;
-      for (int k = 0; k < steps; ++k) {
+      int k = 0;
+      const auto step = [&]() __attribute__((always_inline)) {
         barrier_wait(full + stage, phase);
         if (kGathered) async_proxy_fence();
         wgmma_fence();
         products<TASK>(acc, own_tile(stage), shared_tile(stage), consumer, k > 0);
         wgmma_commit();
         if (k == lead) named_arrive(1, 256);
-        if (k > 0) {  // the products of the step before are done: its stage goes back to both producers
-          wgmma_wait<1>();
-          release(before);
-        }
-        before = stage;
+        wgmma_wait<1>();
+        if (k > 0) release((turn - 1) % kStages);  // the products of the step before are done: its stage goes back to both producers
         next_stage();
-      }
-      if constexpr (TASK == Task::down_backward) {
-        Activations activations(g, t, own);
+        ++k;
+      };
+      if constexpr (DEFERRED) {
+        // The first one once the tensor cores are busy, the last one during the last step.
+        int choice[2];
+        last.each_slot([&](auto slot) __attribute__((always_inline)) {
+          constexpr int kSlots = Deferred<TASK>::kSlots;
+          for (const int until = (steps * (slot + 1) + kSlots - 1) / kSlots; k < until;) step();
+          last.template run<slot>();
+          if constexpr (TASK == Task::down_backward && slot >= kSlots - 3 && slot < kSlots - 1) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {  // late, when registers are free, and one after the other in peace
+              const bool live = own.row + 8 * half < t.end;
+              if (slot == kSlots - 3) choice[half] = live ? __ldg(g.slot + own.row + 8 * half) : -1;
+              else weight[half] = choice[half] >= 0 ? __ldg(g.weights + choice[half]) : 0;
+            }
+          }
+        });
         wgmma_wait<0>();
-        release(before);
-        store_down_backward(g, t, own, weight, activations, acc);
+        release((turn - 1) % kStages);
+        last.take(acc, t, place, weight);
       } else {
-        wgmma_wait<0>();
-        release(before);
-        if constexpr (TASK == Task::up) store_up(g, t, own, acc);
-        else if constexpr (TASK == Task::grad_left)
-          store_weight_grad<256, Out>(g, t, own, g.own_columns, g.columns, acc);
-        else if constexpr (TASK == Task::grad_right)
-          store_weight_grad<128, Out>(g, t, {t.column + consumer * 128 + warp * 16 + lane / 4, t.own, q}, g.columns,
-                                      g.own_columns, acc);
-        else store_rows(g, t, own, acc);
+        while (k < steps) step();
+        if constexpr (TASK == Task::down_backward) {
+          Activations activations(g, t, own);
+          wgmma_wait<0>();
+          release((turn - 1) % kStages);
+          store_down_backward(g, t, own, weight, activations, acc);
+        } else {
+          wgmma_wait<0>();
+          release((turn - 1) % kStages);
+          if constexpr (TASK == Task::up) store_up(g, t, own, acc);
+          else if constexpr (TASK == Task::grad_left)
+            store_weight_grad<256, Out>(g, t, place, g.own_columns, g.columns, acc);
+          else if constexpr (TASK == Task::grad_right)
+            store_weight_grad<128, Out>(g, t, place, g.columns, g.own_columns, acc);
+          else store_rows(g, t, own, acc);
+        }
       }
     }
+    if constexpr (DEFERRED) last.each_slot([&](auto slot) __attribute__((always_inline)) { last.template run<slot>(); });
   }
   cluster_sync();  // a CTA must not leave while its partner may still signal its barriers
 }
@@ -591,18 +797,27 @@ void check_width(const char* name, int64_t width) {
                                 "; expected a positive multiple of 8");
 }
 
-template <Task TASK, class Out = bf16>
-void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
+template <Task TASK, class Out, bool DEFERRED>
+void launch_form(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
+  constexpr auto kernel = gemm_kernel<TASK, Out, DEFERRED>;
   static const int sms = [] {
     int device = 0, count = 0;
     check(cudaGetDevice(&device));
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    check(cudaFuncSetAttribute(gemm_kernel<TASK, Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
     return count;
   }();
-  gemm_kernel<TASK, Out>
-      <<<sms / 2 * 2, kThreads, kSharedMemory, reinterpret_cast<cudaStream_t>(stream)>>>(own, shared, g);
+  kernel<<<sms / 2 * 2, kThreads, kSharedMemory, reinterpret_cast<cudaStream_t>(stream)>>>(own, shared, g);
   check(cudaGetLastError());
+}
+
+template <Task TASK, class Out = bf16>
+void launch(const CUtensorMap& own, const CUtensorMap& shared, Gemm g, uintptr_t stream) {
+  const char *form = std::getenv("QWEN3_MOE_DEFERRED"), *lead = std::getenv("QWEN3_MOE_LEAD");  // probe
+  const bool deferred = !form || *form != '0';
+  g.lead = lead ? std::atoi(lead) : kLead;
+  if (deferred && sizeof(Out) == 2) launch_form<TASK, Out, sizeof(Out) == 2>(own, shared, g, stream);
+  else launch_form<TASK, Out, false>(own, shared, g, stream);
 }
 
 // Boxes of `box` rows x 64 elements.
