@@ -20,7 +20,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <utility>
 
 #include "cuda/hopper.h"
 
@@ -211,7 +210,11 @@ __device__ inline void gather8(const float (&acc)[128], int block, int half, int
 __device__ inline bf16* element(const Rows& r, int64_t row, int64_t column) {
   return static_cast<bf16*>(r.data) + row * r.stride + column;
 }
-__device__ inline float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+__device__ inline float sigmoid(float x) {  // 1 / (1 + 2^(-x log2 e)); infinity's reciprocal is 0
+  asm("{\n.reg .f32 t;\nmul.ftz.f32 t, %1, 0fBFB8AA3B;\nex2.approx.ftz.f32 t, t;\nadd.ftz.f32 t, t, 0f3F800000;\n"
+      "rcp.approx.ftz.f32 %0, t;\n}" : "=f"(x) : "f"(x));
+  return x;
+}
 
 // Where a thread's results lie: acc[16 g + 4 i + 2 half (+ 1)] is row + 8 half, column + 32 g + 8 i + 2 q (+ 1).
 struct Place {
@@ -386,23 +389,19 @@ __device__ inline uint4 load_shared(uint32_t address) {
 
 // --- the epilogue of a tile between the products of the next one
 
-template <class F, int... I> __device__ __forceinline__ void unrolled(std::integer_sequence<int, I...>, F f) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-
 // A tile's results, rounded to bf16 when its products are done. Its epilogue is kSlots pieces of work, which the
 // warpgroup does one by one while later products run; what a slot reads comes by cp.async, asked for kAhead slots before
-// and without costing registers: 32 bytes a thread, which nobody else touches.
+// and without costing registers: 32 bytes a thread, which nobody else touches. The slots come in groups of four: code for
+// all sixteen would not stay in the instruction cache.
 template <Task TASK> class Deferred {
  public:
-  static constexpr int kSlots = TASK == Task::down_backward ? 16 : 8;
-  template <class F> static __device__ __forceinline__ void each_slot(F f) { unrolled(std::make_integer_sequence<int, kSlots>{}, f); }
+  static constexpr int kGroups = TASK == Task::down_backward ? 4 : 2, kSlots = 4 * kGroups;
 
   __device__ Deferred(const Gemm& g, uint8_t* landing)
       : g_(g), landing_(shared_address(landing) + (threadIdx.x - 128) * 16), packed_{}, weight_{} {}
 
-  // acc: the products, done. Until the first call, and again after all slots, there is nothing to do.
-  __device__ void take(const float (&acc)[128], const Tile& t, const Place& p, const float (&weight)[2]) {
+  // acc: the products, done. Until the first call the slots find nothing to do.
+  __device__ __forceinline__ void take(const float (&acc)[128], const Tile& t, const Place& p, const float (&weight)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -417,73 +416,93 @@ template <Task TASK> class Deferred {
     limit_ = TASK == Task::grad_left ? g_.own_columns : TASK == Task::grad_right ? g_.columns : t.end;
     if constexpr (TASK == Task::down_backward) weight_[0] = weight[0], weight_[1] = weight[1];
     if (reads()) {
-      load<0>();
-      load<1>();
-      static_assert(kAhead == 2);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load(i, i);
     }
   }
 
-  template <int SLOT> __device__ __forceinline__ void run() {
-    uint4 read[2] = {};
-    if (reads()) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
+  // All slots, with before(slot) and after(slot) around each.
+  template <class F, class G> __device__ __forceinline__ void run(F before, G after) {
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) read[i] = load_shared(landing<SLOT>(i));
+      for (int i = 0; i < 4; ++i) {
+        before(4 * group + i);
+        slot(group, i);
+        after(4 * group + i);
+      }
+#pragma unroll
+      for (int i = 0; i < 64 - 64 / kGroups; ++i) packed_[i] = packed_[i + 64 / kGroups];
     }
-    if constexpr (TASK == Task::up) {
-      up<SLOT / 4, SLOT % 4>();
-    } else if constexpr (TASK == Task::down_backward) {
-      down_backward<SLOT / 8, SLOT % 8>(read);
-    } else {
-      store<SLOT / 4, SLOT % 4 * 2>(read[0]);
-      store<SLOT / 4, SLOT % 4 * 2 + 1>(read[1]);
-    }
-    if (reads()) load<SLOT + kAhead>();  // to where this slot has read
   }
-  __device__ void done() { limit_ = 0; }
 
  private:
   __device__ bool reads() const { return TASK == Task::down_backward || (is_gradient(TASK) && g_.accumulate); }
-  template <int SLOT> __device__ uint32_t landing(int i) const {
-    return landing_ + (SLOT % kAhead * 2 + i) * (128 * kConsumers * 16);
+
+  // Slot i of a group: 8 rows by 32 columns of down_backward, by 64 (two blocks) of the others. Only i is known to the
+  // compiler; packed_ begins with what belongs to the group.
+  __device__ __forceinline__ void slot(int group, int i) {
+    uint4 read[2] = {};
+    if (reads()) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
+      read[0] = load_shared(landing(i, 0)), read[1] = load_shared(landing(i, 1));
+    }
+    if constexpr (TASK == Task::up) up(group, i);
+    else if constexpr (TASK == Task::down_backward) down_backward(group, i, read);
+    else store(group, 2 * i, read[0]), store(group, 2 * i + 1, read[1]);
+    if (reads()) load(4 * group + i + kAhead, i + kAhead);  // to where this slot has read
   }
-  // One group of copies, empty ones too, so that the groups can be counted.
-  template <int SLOT> __device__ void load() {
-    if constexpr (SLOT < kSlots) {
+
+  __device__ uint32_t landing(int i, int which) const {
+    return landing_ + (i % kAhead * 2 + which) * (128 * kConsumers * 16);
+  }
+  // What slot `slot` reads, to landing(i): one group of copies, an empty one too, so that groups can be counted.
+  __device__ __forceinline__ void load(int slot, int i) {
+    if (slot < kSlots) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int which = 0; which < 2; ++which) {
         const bf16* from;
         bool live;
         if constexpr (TASK == Task::down_backward) {
-          const int row = place_.row + SLOT / 8 * 8, column = place_.column + SLOT % 8 * 32 + 8 * place_.q;
-          live = row < limit_ && column < g_.columns;
-          from = element(g_.h, row, column + i * g_.columns);
+          int row, column;
+          live = block(slot / 4, i % 4, row, column);
+          from = element(g_.h, row, column + which * g_.columns) + 8 * place_.q;
         } else {
-          from = result<SLOT / 4, SLOT % 4 * 2>(i, live) + 8 * place_.q;
+          from = result(slot / 4, i % 4 * 2 + which, live) + 8 * place_.q;
         }
-        copy_async(landing<SLOT>(i), live ? from : g_.out.data, live ? 16 : 0);
+        copy_async(landing(i, which), live ? from : g_.out.data, live ? 16 : 0);
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
-  template <int HALF, int J> __device__ void gather(uint32_t (&pairs)[4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = packed_[4 * (8 * HALF + J) + i];
-    quad_transpose(pairs, place_.q);
+
+  // The row and first column of block j of 32 columns of a group, and whether this thread has 8 columns of it.
+  __device__ __forceinline__ bool block(int group, int j, int& row, int& column) const {
+    row = place_.row, column = place_.column;
+    int width = g_.columns;
+    if constexpr (TASK == Task::down_backward) row += group / 2 * 8, column += group % 2 * 128 + 32 * j;
+    else if constexpr (TASK == Task::grad_right)
+      row += group * 8 + j / 4 * 64, column += j % 4 * 32, width = g_.own_columns;
+    else row += group * 8, column += 32 * j;
+    return row < limit_ && column + 8 * place_.q < width;
   }
-  // Where block J + next of 32 columns goes, in all tasks that store what they multiply.
-  template <int HALF, int J> __device__ bf16* result(int next, bool& live) const {
-    constexpr int kBlocks = TASK == Task::grad_right ? 4 : 8;
-    const int row = place_.row + 8 * HALF + J / kBlocks * 64, column = place_.column + (J % kBlocks + next) * 32;
-    live = row < limit_ && column + 8 * place_.q < (TASK == Task::grad_right ? g_.own_columns : g_.columns);
+  // Where that goes if a block of products is a block of the result.
+  __device__ __forceinline__ bf16* result(int group, int j, bool& live) const {
+    int row, column;
+    live = block(group, j, row, column);
     return element(g_.out, row, column) + (is_gradient(TASK) ? expert_ * g_.out_expert : 0);
   }
+  __device__ __forceinline__ void gather(int j, uint32_t (&pairs)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = packed_[4 * j + i];
+    quad_transpose(pairs, place_.q);
+  }
 
-  template <int HALF, int J> __device__ void store(const uint4& old) {
+  __device__ __forceinline__ void store(int group, int j, const uint4& old) {
     bool live;
-    bf16* const to = result<HALF, J / 2 * 2>(J % 2, live);
+    bf16* const to = result(group, j, live);
     uint32_t pairs[4];
-    gather<HALF, J>(pairs);
+    gather(j, pairs);
     if (reads()) {
       const uint32_t before[4] = {old.x, old.y, old.z, old.w};
 #pragma unroll
@@ -495,11 +514,11 @@ template <Task TASK> class Deferred {
     store8(to, pairs, place_.q, live);
   }
 
-  template <int HALF, int J> __device__ void up() {
-    const int row = place_.row + 8 * HALF, column = place_.column + 32 * J;
-    const bool live = row < limit_ && column + 8 * place_.q < g_.columns;
+  __device__ __forceinline__ void up(int group, int j) {
+    int row, column;
+    const bool live = block(group, j, row, column);
     uint32_t gate[4], up[4], product[4];
-    gather<HALF, J>(gate), gather<HALF, J + 4>(up);
+    gather(j, gate), gather(j + 4, up);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 x = unpack(gate[i]), y = unpack(up[i]);
@@ -511,12 +530,12 @@ template <Task TASK> class Deferred {
     store8(element(g_.second, row, column), product, place_.q, live);
   }
 
-  template <int HALF, int J> __device__ void down_backward(const uint4 (&h)[2]) {
-    const int row = place_.row + 8 * HALF, column = place_.column + 32 * J;
-    const bool live = row < limit_ && column + 8 * place_.q < g_.columns;
+  __device__ __forceinline__ void down_backward(int group, int j, const uint4 (&h)[2]) {
+    int row, column;
+    const bool live = block(group, j, row, column);
+    const float weight = group < 2 ? weight_[0] : weight_[1];
     uint32_t gate[4] = {h[0].x, h[0].y, h[0].z, h[0].w}, up[4] = {h[1].x, h[1].y, h[1].z, h[1].w}, da[4];
-    gather<HALF, J>(da);
-    if (J == 0) sum_ = 0;
+    gather(j, da);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 x = unpack(gate[i]), y = unpack(up[i]), ds = unpack(da[i]);
@@ -524,9 +543,9 @@ template <Task TASK> class Deferred {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const float v = c ? x.y : x.x, u = c ? y.y : y.x, d = c ? ds.y : ds.x;
-        const float s = sigmoid(v), silu = v * s, product = silu * u, scaled_da = weight_[HALF] * d;
+        const float s = sigmoid(v), silu = v * s, product = silu * u, scaled_da = weight * d;
         sum_ = fmaf(d, product, sum_);
-        a[c] = weight_[HALF] * product;
+        a[c] = weight * product;
         dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
         dy[c] = scaled_da * silu;
       }
@@ -536,12 +555,12 @@ template <Task TASK> class Deferred {
     store8(to, gate, place_.q, live);
     store8(to + g_.columns, up, place_.q, live);
     store8(element(g_.second, row, column), da, place_.q, live);
-    if (J == 7) {
-      float sum = sum_;
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
+    if (j == 3 && group % 2 == 1) {  // a row's last block
+      sum_ += __shfl_xor_sync(~0u, sum_, 1);
+      sum_ += __shfl_xor_sync(~0u, sum_, 2);
       if (place_.q == 0 && row < limit_ && place_.column < g_.columns)
-        g_.partial[int64_t(row) * tiles_of(g_.columns, columns_of(TASK)) + place_.column / columns_of(TASK)] = sum;
+        g_.partial[int64_t(row) * tiles_of(g_.columns, columns_of(TASK)) + place_.column / columns_of(TASK)] = sum_;
+      sum_ = 0;
     }
   }
 
@@ -708,21 +727,22 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         ++k;
       };
       if constexpr (DEFERRED) {
-        // The first one once the tensor cores are busy, the last one during the last step.
         int choice[2];
-        last.each_slot([&](auto slot) __attribute__((always_inline)) {
-          constexpr int kSlots = Deferred<TASK>::kSlots;
+        const auto products_before = [&](int slot) __attribute__((always_inline)) {
+          constexpr int kSlots = Deferred<TASK>::kSlots;  // the first one gets steps to hide behind, and so does the last
+#pragma unroll 1
           for (const int until = (steps * (slot + 1) + kSlots - 1) / kSlots; k < until;) step();
-          last.template run<slot>();
-          if constexpr (TASK == Task::down_backward && slot >= kSlots - 3 && slot < kSlots - 1) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {  // late, when registers are free, and one after the other in peace
+        };
+        const auto weights_after = [&](int slot) __attribute__((always_inline)) {
+          if constexpr (TASK == Task::down_backward) {  // late, when registers are free, and each after some steps
+            for (int half = 0; half < 2; ++half) {
               const bool live = own.row + 8 * half < t.end;
-              if (slot == kSlots - 3) choice[half] = live ? __ldg(g.slot + own.row + 8 * half) : -1;
-              else weight[half] = choice[half] >= 0 ? __ldg(g.weights + choice[half]) : 0;
+              if (slot == Deferred<TASK>::kSlots - 4) choice[half] = live ? __ldg(g.slot + own.row + 8 * half) : -1;
+              if (slot == Deferred<TASK>::kSlots - 3) weight[half] = choice[half] >= 0 ? __ldg(g.weights + choice[half]) : 0;
             }
           }
-        });
+        };
+        last.run(products_before, weights_after);
         wgmma_wait<0>();
         release((turn - 1) % kStages);
         last.take(acc, t, place, weight);
@@ -745,7 +765,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         }
       }
     }
-    if constexpr (DEFERRED) last.each_slot([&](auto slot) __attribute__((always_inline)) { last.template run<slot>(); });
+    if constexpr (DEFERRED) last.run([](int) {}, [](int) {});
   }
   cluster_sync();  // a CTA must not leave while its partner may still signal its barriers
 }
