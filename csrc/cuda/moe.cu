@@ -59,6 +59,7 @@ struct Gemm {
   int64_t out_expert;
   bool accumulate;
   int lead;
+  bool fence;
 };
 
 struct Tile {
@@ -188,7 +189,9 @@ __device__ inline float2 unpack(uint32_t x) { return __bfloat1622float2(reinterp
 // 32 columns of a row among the 4 threads of a quad: the products leave thread q the pairs of columns 8 i + 2 q (+ 1);
 // to and from memory go the 8 columns from 8 q on.
 __device__ inline void store8(bf16* row, const uint32_t (&pairs)[4], int q, bool live) {
-  if (live) *reinterpret_cast<uint4*>(row + 8 * q) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  if (live)  // spelled out, as the compiler likes to take a uint4 apart
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(row + 8 * q), "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]),
+                 "r"(pairs[3]) : "memory");
 }
 // The products' own numbers acc[16 block + 4 i + 2 half (+ 1)], as 8 columns.
 __device__ inline void gather8(const float (&acc)[128], int block, int half, int q, float2 (&x)[4]) {
@@ -579,6 +582,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap own_map, const __grid_constant__ CUtensorMap shared_map,
                 const __grid_constant__ Gemm g) {
   constexpr bool kGathered = is_gathered(TASK), kGradient = is_gradient(TASK);
+  constexpr int kRegisters = DEFERRED && kGathered ? 232 : 224;
+  constexpr int kLoaderRegisters = 3 * 168 - 2 * kRegisters;  // a thread of three warpgroups starts with 168
   extern __shared__ uint8_t raw[];
   uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
@@ -608,7 +613,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   const auto next_stage = [&] { ++turn; };
 
   if (threadIdx.x < 128) {
-    registers_release<DEFERRED ? 40 : 56>();  // 56 + 2 x 224 = 40 + 2 x 232 = 3 x 168, what a thread of three warpgroups starts with
+    registers_release<kLoaderRegisters>();
     const auto load_shared_half = [&](int half, int k, auto load) {  // load: of a box, at (x, y, z)
       if constexpr (is_transposed(TASK)) {
         for (int slab = 2 * half; slab < 2 * half + 2; ++slab)
@@ -681,7 +686,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       }
     }
   } else {
-    registers_take<DEFERRED ? 232 : 224>();
+    registers_take<kRegisters>();
     const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
     const auto release = [&](int s) {
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
@@ -716,7 +721,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       int k = 0;
       const auto step = [&]() __attribute__((always_inline)) {
         barrier_wait(full + stage, phase);
-        if (kGathered) async_proxy_fence();
+        if (kGathered && g.fence) async_proxy_fence();
         wgmma_fence();
         products<TASK>(acc, own_tile(stage), shared_tile(stage), consumer, k > 0);
         wgmma_commit();
@@ -835,7 +840,9 @@ template <Task TASK, class Out = bf16>
 void launch(const CUtensorMap& own, const CUtensorMap& shared, Gemm g, uintptr_t stream) {
   const char *form = std::getenv("QWEN3_MOE_DEFERRED"), *lead = std::getenv("QWEN3_MOE_LEAD");  // probe
   const bool deferred = !form || *form != '0';
+  const char* fence = std::getenv("QWEN3_MOE_FENCE");
   g.lead = lead ? std::atoi(lead) : kLead;
+  g.fence = !fence || *fence != '0';
   if (deferred && sizeof(Out) == 2) launch_form<TASK, Out, sizeof(Out) == 2>(own, shared, g, stream);
   else launch_form<TASK, Out, false>(own, shared, g, stream);
 }
