@@ -786,28 +786,38 @@ __global__ void sum_partials(MoePlan p, int tiles, const float* partial, float* 
   dweights[p.slot[r]] = sum;
 }
 
-// A thread per 8 columns of a token.
+// A thread per 8 columns of a token. Eight rows at a time come by cp.async, all under way before the first is used: of
+// ordinary loads the compiler leaves only one or two, to save registers.
 template <bool WEIGHTED>
-__global__ void combine_kernel(MoePlan p, int64_t tokens, int k, int chunks, Rows y, const int32_t* inverse,
-                               const float* weights, Rows out) {
+__global__ void __launch_bounds__(256) combine_kernel(MoePlan p, int64_t tokens, int k, int chunks, Rows y,
+                                                      const int32_t* inverse, const float* weights, Rows out) {
+  constexpr int kBatch = 8;
+  __shared__ uint4 landing[kBatch][256];
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, token = thread / chunks;
   const int column = int(thread % chunks) * 8;
   if (token >= tokens) return;
   const int rows = __ldg(p.offsets + p.experts);
   float sum[8] = {};
-#pragma unroll 8
-  for (int i = 0; i < k; ++i) {
-    const int row = __ldg(inverse + token * k + i);
-    const uint4 x =
-        row < rows ? __ldg(reinterpret_cast<const uint4*>(element(y, row, column))) : make_uint4(0, 0, 0, 0);
-    const float weight = WEIGHTED ? __ldg(weights + token * k + i) : 1;
-    const float2 pairs[4] = {unpack(x.x), unpack(x.y), unpack(x.z), unpack(x.w)};
+  for (int64_t slot = token * k, end = slot + k; slot < end; slot += kBatch) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      sum[2 * j] = fmaf(weight, pairs[j].x, sum[2 * j]), sum[2 * j + 1] = fmaf(weight, pairs[j].y, sum[2 * j + 1]);
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = slot + i < end ? __ldg(inverse + slot + i) : rows;
+      copy_async(shared_address(&landing[i][threadIdx.x]), row < rows ? element(y, row, column) : y.data,
+                 row < rows ? 16 : 0);
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const uint4 x = landing[i][threadIdx.x];
+      const float weight = slot + i >= end ? 0 : WEIGHTED ? __ldg(weights + slot + i) : 1;
+      const float2 pairs[4] = {unpack(x.x), unpack(x.y), unpack(x.z), unpack(x.w)};
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        sum[2 * j] = fmaf(weight, pairs[j].x, sum[2 * j]), sum[2 * j + 1] = fmaf(weight, pairs[j].y, sum[2 * j + 1]);
+    }
   }
-  *reinterpret_cast<uint4*>(element(out, token, column)) =
-      make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+  store8(element(out, token, column),
+         {pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7])}, 0, true);
 }
 
 // --- host side
