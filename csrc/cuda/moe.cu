@@ -119,6 +119,15 @@ template <Task TASK> __device__ inline int steps_of(const Gemm& g, const Tile& t
   return is_gradient(TASK) ? max(tiles_of(t.end - t.begin, kStep), 1) : tiles_of(g.depth, kStep);
 }
 
+// Where in the ring of stages a warpgroup is.
+struct Turn {
+  uint32_t steps = 0;  // of all tiles so far
+  __device__ int stage() const { return steps % kStages; }
+  __device__ int last() const { return (steps - 1) % kStages; }
+  __device__ uint32_t phase() const { return steps / kStages & 1; }
+};
+static_assert((kStages & (kStages - 1)) == 0, "steps may go round");
+
 // --- the loading warpgroup
 
 // Its thread copies the 16 bytes `chunk` of rows line + 16 i, into the 128-byte swizzle that TMA writes.
@@ -343,33 +352,53 @@ __device__ inline void store_down_backward(const Gemm& g, const Tile& t, const P
   }
 }
 
-// BLOCK columns by 64 rows of the result, then the next 64 rows: 256 columns, or twice 128.
+// BLOCK columns by 64 rows of the result, then the next 64 rows: 256 columns, or twice 128. What the result is added to
+// is read four blocks at a time, so that their latencies overlap.
 template <int BLOCK, class Out>
 __device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Place& p, int height, int width,
                                          const float (&acc)[128]) {
   Out* const out = static_cast<Out*>(g.out.data) + t.expert * g.out_expert;
+  const auto place = [&](int half, int j, int i, bool& live) {  // i: piece of 8 columns, of which a thread has 2
+    const int64_t row = p.row + 8 * half + j / (BLOCK / 32) * 64;
+    const int column = p.column + j % (BLOCK / 32) * 32 + 8 * i;
+    live = row < height && column < width;
+    return out + row * g.out.stride + column;
+  };
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int first = 0; first < 16; first += 4) {
+    const int half = first / 8;
+    bool live;
+    if constexpr (sizeof(Out) == 4) {
+      float2 old[16] = {};
+      if (g.accumulate) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int64_t row = p.row + 8 * half + j / (BLOCK / 32) * 64;
-      const int column = p.column + j % (BLOCK / 32) * 32;
-      Out* const at = out + row * g.out.stride + column;
-      if constexpr (sizeof(Out) == 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (row >= height || column + 8 * i >= width) continue;
-          auto& to = *reinterpret_cast<float2*>(at + 8 * i + 2 * p.q);
-          float2 x = g.accumulate ? to : make_float2(0, 0);
-          x.x += acc[16 * j + 4 * i + 2 * half], x.y += acc[16 * j + 4 * i + 2 * half + 1];
-          to = x;
+        for (int n = 0; n < 16; ++n) {
+          const float* const from = place(half, first % 8 + n / 4, n % 4, live) + 2 * p.q;
+          if (live) old[n] = *reinterpret_cast<const float2*>(from);
         }
-      } else {
-        const bool live = row < height && column + 8 * p.q < width;
+      }
+#pragma unroll
+      for (int n = 0; n < 16; ++n) {
+        const int j = first % 8 + n / 4, at = 16 * j + 4 * (n % 4) + 2 * half;
+        float* const to = place(half, j, n % 4, live) + 2 * p.q;
+        if (live) *reinterpret_cast<float2*>(to) = make_float2(old[n].x + acc[at], old[n].y + acc[at + 1]);
+      }
+    } else {
+      uint4 old[4] = {};
+      if (g.accumulate) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const bf16* const from = place(half, first % 8 + n, p.q, live);
+          if (live) old[n] = *reinterpret_cast<const uint4*>(from);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int j = first % 8 + n;
+        bf16* const to = place(half, j, p.q, live);
         uint32_t pairs[4];
         if (g.accumulate) {
-          const uint4 old = live ? *reinterpret_cast<const uint4*>(at + 8 * p.q) : make_uint4(0, 0, 0, 0);
-          const float2 before[4] = {unpack(old.x), unpack(old.y), unpack(old.z), unpack(old.w)};
+          const float2 before[4] = {unpack(old[n].x), unpack(old[n].y), unpack(old[n].z), unpack(old[n].w)};
           float2 x[4];
           gather8(acc, j, half, p.q, x);
 #pragma unroll
@@ -377,7 +406,7 @@ __device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Pla
         } else {
           gather8(acc, j, half, p.q, pairs);
         }
-        store8(at, pairs, p.q, live);
+        store8(to, pairs, 0, live);
       }
     }
   }
@@ -606,35 +635,31 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
 
   Walk<TASK> walk(g, rank);
   Tile t{};
-  uint32_t turn = 0;  // steps so far, of all tiles
-  static_assert((kStages & (kStages - 1)) == 0);
-#define stage (turn % kStages)
-#define phase (turn / kStages & 1)
-  const auto next_stage = [&] { ++turn; };
+  Turn turn;
 
   if (threadIdx.x < 128) {
     registers_release<kLoaderRegisters>();
     const auto load_shared_half = [&](int half, int k, auto load) {  // load: of a box, at (x, y, z)
       if constexpr (is_transposed(TASK)) {
         for (int slab = 2 * half; slab < 2 * half + 2; ++slab)
-          load(shared_tile(stage) + slab * kSlab, t.column + 64 * slab, (kGradient ? t.begin : 0) + k * kStep,
+          load(shared_tile(turn.stage()) + slab * kSlab, t.column + 64 * slab, (kGradient ? t.begin : 0) + k * kStep,
                kGradient ? 0 : t.expert);
       } else {
-        load(shared_tile(stage) + half * (kSharedBytes / 2), k * kStep,
+        load(shared_tile(turn.stage()) + half * (kSharedBytes / 2), k * kStep,
              t.column + half * (TASK == Task::up ? g.columns : kShared / 2), t.expert);
       }
     };
     const auto load_by_tma = [&](int k) {
-      barrier_expect_bytes(full + stage, kSharedBytes + (kGathered ? 0 : kOwnBytes));
-      if (!kGathered) tma_load(own_tile(stage), &own_map, full + stage, k * kStep, t.own, 0);
+      barrier_expect_bytes(full + turn.stage(), kSharedBytes + (kGathered ? 0 : kOwnBytes));
+      if (!kGathered) tma_load(own_tile(turn.stage()), &own_map, full + turn.stage(), k * kStep, t.own, 0);
       if (t.paired) {
         load_shared_half(rank, k, [&](uint8_t* dst, int x, int y, int z) {
-          tma_load_multicast(dst, &shared_map, full + stage, x, y, z, 3);
+          tma_load_multicast(dst, &shared_map, full + turn.stage(), x, y, z, 3);
         });
       } else {
         for (int half = 0; half < 2; ++half) {
           load_shared_half(half, k, [&](uint8_t* dst, int x, int y, int z) {
-            tma_load(dst, &shared_map, full + stage, x, y, z);
+            tma_load(dst, &shared_map, full + turn.stage(), x, y, z);
           });
         }
       }
@@ -645,16 +670,17 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if constexpr (kGradient) {
         for (int k = 0; k < steps; ++k) {
           const int row = t.begin + k * kStep;
-          copy_slabs<2>(own_tile(stage), g.own, g.index, row, t.end, t.own, g.own_columns,
-                        [&] { barrier_wait(empty + stage, phase ^ 1); });
-          if (row + kStep <= t.end) {
-            if (threadIdx.x == 0) load_by_tma(k);
-          } else {  // beyond the expert's rows lie those of the next, or nothing: both operands must be zero there
-            copy_slabs<4>(shared_tile(stage), g.shared, nullptr, row, t.end, t.column, g.columns, [] {});
-            if (threadIdx.x == 0) barrier_arrive(full + stage);
+          const bool whole = row + kStep <= t.end;
+          copy_slabs<2>(own_tile(turn.stage()), g.own, g.index, row, t.end, t.own, g.own_columns, [&] {
+            barrier_wait(empty + turn.stage(), turn.phase() ^ 1);
+            if (whole && threadIdx.x == 0) load_by_tma(k);
+          });
+          if (!whole) {  // beyond the expert's rows lie those of the next, or nothing: both operands must be zero there
+            copy_slabs<4>(shared_tile(turn.stage()), g.shared, nullptr, row, t.end, t.column, g.columns, [] {});
+            if (threadIdx.x == 0) barrier_arrive(full + turn.stage());
           }
-          copy_async_arrive(full + stage);
-          next_stage();
+          copy_async_arrive(full + turn.stage());
+          ++turn.steps;
         }
       } else if constexpr (kGathered) {
         const Copier c;
@@ -665,23 +691,23 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
           rows[i] = row < t.end ? element(g.own, __ldg(g.index + row), c.chunk * 8) : nullptr;
         }
         for (int k = 0; k < steps; ++k) {
-          barrier_wait(empty + stage, phase ^ 1);
+          barrier_wait(empty + turn.stage(), turn.phase() ^ 1);
           if (threadIdx.x == 0) load_by_tma(k);
-          const uint32_t to = shared_address(own_tile(stage)) + c.offset;
+          const uint32_t to = shared_address(own_tile(turn.stage())) + c.offset;
           const bool inside = k * kStep + c.chunk * 8 < g.depth;
 #pragma unroll
           for (int i = 0; i < kOwn / 16; ++i) {
             const bool live = inside && rows[i];
             copy_async(to + i * 2048, live ? rows[i] + k * kStep : g.own.data, live ? 16 : 0);
           }
-          copy_async_arrive(full + stage);
-          next_stage();
+          copy_async_arrive(full + turn.stage());
+          ++turn.steps;
         }
       } else {
         for (int k = 0; k < steps; ++k) {
-          barrier_wait(empty + stage, phase ^ 1);
+          barrier_wait(empty + turn.stage(), turn.phase() ^ 1);
           load_by_tma(k);
-          next_stage();
+          ++turn.steps;
         }
       }
     }
@@ -702,8 +728,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         // One warp for all: without products to keep them together, one that is late from the last epilogue could find
         // that a barrier has gone round twice.
         for (int k = 0; k < steps; ++k) {
-          if (warp == 0) barrier_wait(full + stage, phase), release(stage);
-          next_stage();
+          if (warp == 0) barrier_wait(full + turn.stage(), turn.phase()), release(turn.stage());
+          ++turn.steps;
         }
         named_sync(2 + consumer, 128);
         continue;
@@ -720,15 +746,15 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       }
       int k = 0;
       const auto step = [&]() __attribute__((always_inline)) {
-        barrier_wait(full + stage, phase);
+        barrier_wait(full + turn.stage(), turn.phase());
         if (kGathered && g.fence) async_proxy_fence();
         wgmma_fence();
-        products<TASK>(acc, own_tile(stage), shared_tile(stage), consumer, k > 0);
+        products<TASK>(acc, own_tile(turn.stage()), shared_tile(turn.stage()), consumer, k > 0);
         wgmma_commit();
         if (k == lead) named_arrive(1, 256);
         wgmma_wait<1>();
-        if (k > 0) release((turn - 1) % kStages);  // the products of the step before are done: its stage goes back to both producers
-        next_stage();
+        if (k > 0) release(turn.last());  // the products of the step before are done: its stage goes back to both producers
+        ++turn.steps;
         ++k;
       };
       if constexpr (DEFERRED) {
@@ -749,18 +775,18 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         };
         last.run(products_before, weights_after);
         wgmma_wait<0>();
-        release((turn - 1) % kStages);
+        release(turn.last());
         last.take(acc, t, place, weight);
       } else {
         while (k < steps) step();
         if constexpr (TASK == Task::down_backward) {
           Activations activations(g, t, own);
           wgmma_wait<0>();
-          release((turn - 1) % kStages);
+          release(turn.last());
           store_down_backward(g, t, own, weight, activations, acc);
         } else {
           wgmma_wait<0>();
-          release((turn - 1) % kStages);
+          release(turn.last());
           if constexpr (TASK == Task::up) store_up(g, t, own, acc);
           else if constexpr (TASK == Task::grad_left)
             store_weight_grad<256, Out>(g, t, place, g.own_columns, g.columns, acc);
