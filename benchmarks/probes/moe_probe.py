@@ -53,7 +53,8 @@ FORMS = {
     "at once": {"QWEN3_MOE_DEFERRED": "0"},
     "lead 1": {"QWEN3_MOE_LEAD": "1"},
     "lead 0": {"QWEN3_MOE_LEAD": "0"},
-    "at once, lead 1": {"QWEN3_MOE_DEFERRED": "0", "QWEN3_MOE_LEAD": "1"},
+    "lead 3": {"QWEN3_MOE_LEAD": "3"},
+    "at once, lead 3": {"QWEN3_MOE_DEFERRED": "0", "QWEN3_MOE_LEAD": "3"},
     "no fence": {"QWEN3_MOE_FENCE": "0"},  # what the fence costs, not a correct program: never checked
 }
 

@@ -5,8 +5,9 @@
 // One GEMM does them all. A cluster of two CTAs works on a pair of tiles, 128 x 256 each: every CTA has 128 rows (or
 // columns) of its "own" operand, both share 256 of the other, of which each loads one half for the two. Where own rows
 // are gathered, the loading warpgroup copies them one by one with cp.async; all else comes by TMA. Two warpgroups
-// multiply, 64 rows each (128 when the own operand is the right one), and run the epilogue; the second one trails by a
-// few of the four stages, so that one's epilogue hides behind the other's products. Clusters stay and walk over a list
+// multiply, 64 rows each (128 when the own operand is the right one), and run the epilogue of a tile piece by piece
+// between the products of the next one; the second warpgroup trails by a few of the four stages, so that what is left of
+// one's change of tiles hides behind the other's products. Clusters stay and walk over a list
 // of tiles which every thread derives from the plan's offsets, so the host needs to know nothing of the routing.
 //
 //     task            own operand               shared operand          contraction over
@@ -745,9 +746,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
           weight[half] = own.row + 8 * half < t.end ? __ldg(g.weights + __ldg(g.slot + own.row + 8 * half)) : 0;
       }
       int k = 0;
-      const auto step = [&]() __attribute__((always_inline)) {
+      const auto arrived = [&]() __attribute__((always_inline)) {
         barrier_wait(full + turn.stage(), turn.phase());
         if (kGathered && g.fence) async_proxy_fence();
+      };
+      // Ends with the wait for the next step's operands, so that their fence has no stores and copies of a deferred
+      // epilogue right before it, for which it would wait as well.
+      const auto step = [&]() __attribute__((always_inline)) {
         wgmma_fence();
         products<TASK>(acc, own_tile(turn.stage()), shared_tile(turn.stage()), consumer, k > 0);
         wgmma_commit();
@@ -755,8 +760,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         wgmma_wait<1>();
         if (k > 0) release(turn.last());  // the products of the step before are done: its stage goes back to both producers
         ++turn.steps;
-        ++k;
+        if (++k < steps) arrived();
       };
+      arrived();
       if constexpr (DEFERRED) {
         int choice[2];
         const auto products_before = [&](int slot) __attribute__((always_inline)) {
@@ -766,6 +772,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         };
         const auto weights_after = [&](int slot) __attribute__((always_inline)) {
           if constexpr (TASK == Task::down_backward) {  // late, when registers are free, and each after some steps
+#pragma unroll
             for (int half = 0; half < 2; ++half) {
               const bool live = own.row + 8 * half < t.end;
               if (slot == Deferred<TASK>::kSlots - 4) choice[half] = live ? __ldg(g.slot + own.row + 8 * half) : -1;
