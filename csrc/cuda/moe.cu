@@ -6,9 +6,9 @@
 // columns) of its "own" operand, both share 256 of the other, of which each loads one half for the two. Where own rows
 // are gathered, the loading warpgroup copies them one by one with cp.async; all else comes by TMA. Two warpgroups
 // multiply, 64 rows each (128 when the own operand is the right one), and run the epilogue of a tile piece by piece
-// between the products of the next one; the second warpgroup trails by a few of the four stages, so that what is left of
-// one's change of tiles hides behind the other's products. Clusters stay and walk over a list
-// of tiles which every thread derives from the plan's offsets, so the host needs to know nothing of the routing.
+// between the products of the next one; the second warpgroup trails a little, so that one's change of tiles hides behind
+// the other's products. Clusters stay and walk over a list of tiles which every thread derives from the plan's offsets,
+// so the host needs to know nothing of the routing.
 //
 //     task            own operand               shared operand          contraction over
 //     up              x[token]         (left)   gate and up, 128 each   d
@@ -200,8 +200,8 @@ __device__ inline float2 unpack(uint32_t x) { return __bfloat1622float2(reinterp
 // to and from memory go the 8 columns from 8 q on.
 __device__ inline void store8(bf16* row, const uint32_t (&pairs)[4], int q, bool live) {
   if (live)  // spelled out, as the compiler likes to take a uint4 apart
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(row + 8 * q), "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]),
-                 "r"(pairs[3]) : "memory");
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(row + 8 * q), "r"(pairs[0]), "r"(pairs[1]),
+                 "r"(pairs[2]), "r"(pairs[3]) : "memory");
 }
 // The products' own numbers acc[16 block + 4 i + 2 half (+ 1)], as 8 columns.
 __device__ inline void gather8(const float (&acc)[128], int block, int half, int q, float2 (&x)[4]) {
@@ -423,9 +423,9 @@ __device__ inline uint4 load_shared(uint32_t address) {
 // --- the epilogue of a tile between the products of the next one
 
 // A tile's results, rounded to bf16 when its products are done. Its epilogue is kSlots pieces of work, which the
-// warpgroup does one by one while later products run; what a slot reads comes by cp.async, asked for kAhead slots before
-// and without costing registers: 32 bytes a thread, which nobody else touches. The slots come in groups of four: code for
-// all sixteen would not stay in the instruction cache.
+// warpgroup does one by one while later products run; what a slot reads comes by cp.async, asked for kAhead slots
+// before and without costing registers: 32 bytes a thread, which nobody else touches. The slots come in groups of four:
+// code for all sixteen would not stay in the instruction cache.
 template <Task TASK> class Deferred {
  public:
   static constexpr int kGroups = TASK == Task::down_backward ? 4 : 2, kSlots = 4 * kGroups;
@@ -434,7 +434,8 @@ template <Task TASK> class Deferred {
       : g_(g), landing_(shared_address(landing) + (threadIdx.x - 128) * 16), packed_{}, weight_{} {}
 
   // acc: the products, done. Until the first call the slots find nothing to do.
-  __device__ __forceinline__ void take(const float (&acc)[128], const Tile& t, const Place& p, const float (&weight)[2]) {
+  __device__ __forceinline__ void take(const float (&acc)[128], const Tile& t, const Place& p,
+                                       const float (&weight)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -612,7 +613,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap own_map, const __grid_constant__ CUtensorMap shared_map,
                 const __grid_constant__ Gemm g) {
   constexpr bool kGathered = is_gathered(TASK), kGradient = is_gradient(TASK);
-  constexpr int kRegisters = DEFERRED && kGathered ? 232 : 224;
+  constexpr int kRegisters = DEFERRED ? 232 : 224;
   constexpr int kLoaderRegisters = 3 * 168 - 2 * kRegisters;  // a thread of three warpgroups starts with 168
   extern __shared__ uint8_t raw[];
   uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
@@ -758,7 +759,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         wgmma_commit();
         if (k == lead) named_arrive(1, 256);
         wgmma_wait<1>();
-        if (k > 0) release(turn.last());  // the products of the step before are done: its stage goes back to both producers
+        if (k > 0) release(turn.last());  // the step before is done: its stage goes back to both producers
         ++turn.steps;
         if (++k < steps) arrived();
       };
@@ -766,7 +767,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if constexpr (DEFERRED) {
         int choice[2];
         const auto products_before = [&](int slot) __attribute__((always_inline)) {
-          constexpr int kSlots = Deferred<TASK>::kSlots;  // the first one gets steps to hide behind, and so does the last
+          constexpr int kSlots = Deferred<TASK>::kSlots;  // the first has steps to hide behind, and so has the last
 #pragma unroll 1
           for (const int until = (steps * (slot + 1) + kSlots - 1) / kSlots; k < until;) step();
         };
@@ -774,9 +775,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
           if constexpr (TASK == Task::down_backward) {  // late, when registers are free, and each after some steps
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const bool live = own.row + 8 * half < t.end;
-              if (slot == Deferred<TASK>::kSlots - 4) choice[half] = live ? __ldg(g.slot + own.row + 8 * half) : -1;
-              if (slot == Deferred<TASK>::kSlots - 3) weight[half] = choice[half] >= 0 ? __ldg(g.weights + choice[half]) : 0;
+              const int row = own.row + 8 * half;
+              if (slot == Deferred<TASK>::kSlots - 4) choice[half] = row < t.end ? __ldg(g.slot + row) : -1;
+              if (slot == Deferred<TASK>::kSlots - 3)
+                weight[half] = choice[half] >= 0 ? __ldg(g.weights + choice[half]) : 0;
             }
           }
         };
