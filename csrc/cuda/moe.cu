@@ -6,8 +6,8 @@
 // columns) of its "own" operand, both share 256 of the other, of which each loads one half for the two. Where own rows
 // are gathered, the loading warpgroup copies them one by one with cp.async; all else comes by TMA. Two warpgroups
 // multiply, 64 rows each (128 when the own operand is the right one), and run the epilogue of a tile piece by piece
-// between the products of the next one; the second warpgroup trails a little, so that one's change of tiles hides behind
-// the other's products. Clusters stay and walk over a list of tiles which every thread derives from the plan's offsets,
+// between the products of the next one; the second warpgroup trails a little, so that one changes tiles behind the
+// other's products. Clusters stay and walk over a list of tiles which every thread derives from the plan's offsets,
 // so the host needs to know nothing of the routing.
 //
 //     task            own operand               shared operand          contraction over
