@@ -1,10 +1,12 @@
 """Checks and times each step of the Hopper experts (qwen3_kernels/cuda/moe_experts.py) on its own.
 
-    python benchmarks/probes/moe_probe.py [check|time|all]
+    python benchmarks/probes/moe_probe.py [check|time|forms|all]
 
 Error: that of the step over that of plain torch in bf16, both against float64, on the same inputs; at most 2 passes.
 Every step also runs three times with bitwise equal results. TFLOP/s count 6 N K D I forward and twice that backward,
 without padding.
+"forms" times the forms that csrc/cuda/moe.cu can be launched in beside each other, interleaved; "check" and "all" check
+each of them.
 A step that takes more than a minute is taken for hung and ends the process by its name.
 """
 
@@ -14,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +46,26 @@ TIMINGS = {
     "30B T8192 zipf": (8192, 2048, 768, 128, 8, "zipf"),
     "235B T8192": (8192, 4096, 1536, 128, 8, "random"),
 }
+
+# What the environment says at each launch.
+FORMS = {
+    "deferred": {},
+    "at once": {"QWEN3_MOE_DEFERRED": "0"},
+    "lead 1": {"QWEN3_MOE_LEAD": "1"},
+    "lead 0": {"QWEN3_MOE_LEAD": "0"},
+    "lead 3": {"QWEN3_MOE_LEAD": "3"},
+    "at once, lead 3": {"QWEN3_MOE_DEFERRED": "0", "QWEN3_MOE_LEAD": "3"},
+    "no fence": {"QWEN3_MOE_FENCE": "0"},  # what the fence costs, not a correct program: never checked
+}
+
+
+@contextmanager
+def form(name: str):
+    os.environ.update(FORMS[name])
+    yield
+    for variable in FORMS[name]:
+        del os.environ[variable]
+
 
 stage, since = "start", time.monotonic()
 
@@ -261,25 +284,38 @@ def check_graph() -> bool:
     return good
 
 
+def once(run) -> float:
+    """Milliseconds; the device first sleeps for longer than the host takes to launch."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1_000_000)
+    begin.record(), run(), end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
 def milliseconds(run, reps: int = 20) -> float:
     for _ in range(3):
         run()
-    times = []
-    for _ in range(reps):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record(), run(), end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[reps // 2]
+    return sorted(once(run) for _ in range(reps))[reps // 2]
 
 
-def measure(name: str, p: Problem) -> list[str]:
+def measure(name: str, p: Problem, forms: bool) -> list[str]:
     unit = 2 * p.tokens * p.k * p.d * p.i  # FLOPs of a product with one of gate, up and down
-    lines, plan = [f"{name}"], p.plan
+    lines, plan = [name + (f": TFLOP/s {', '.join(FORMS)}" if forms else "")], p.plan
     dw1, dw2 = torch.empty_like(p.gate_up), torch.empty_like(p.down)
 
     def line(label, flops, run, moved=0):
         enter(f"{name}: {label}")
+        if forms:
+            if flops and not label.startswith("dense"):
+                times = {each: [] for each in FORMS}
+                for _ in range(12):
+                    for each, of in times.items():
+                        with form(each):
+                            of.append(once(run))
+                rates = (f"{flops / sorted(of)[len(of) // 2] * 1e-9:6.0f}" for of in times.values())
+                lines.append(f"  {label:17}{''.join(rates)}")
+            return
         ms = milliseconds(run)
         rate = f"{flops / ms * 1e-9:7.0f} TFLOP/s" if flops else f"{moved / ms * 1e-6:7.0f} GB/s"
         lines.append(f"  {label:17} {ms:8.3f} ms {rate}")
@@ -298,6 +334,10 @@ def measure(name: str, p: Problem) -> list[str]:
     line("dW1", 2 * unit, lambda: ours.weight_grad(dh, p.x, plan, dw1, False, "right"))
     line("dW2 +=", unit, lambda: ours.weight_grad(p.dout, scaled, plan, dw2, True, "left"))
     line("dW1 +=", 2 * unit, lambda: ours.weight_grad(dh, p.x, plan, dw1, True, "right"))
+    wide = torch.zeros_like(dw1, dtype=torch.float32)
+    line("dW1 float32", 2 * unit, lambda: ours.weight_grad(dh, p.x, plan, wide, False, "right"))
+    line("dW1 += float32", 2 * unit, lambda: ours.weight_grad(dh, p.x, plan, wide, True, "right"))
+    del wide
 
     def forward():
         h, a = ours.up(p.x, p.gate_up, plan)
@@ -324,25 +364,31 @@ def measure(name: str, p: Problem) -> list[str]:
 
 def main() -> int:
     what = sys.argv[1] if len(sys.argv) > 1 else "all"
-    if what not in ("check", "time", "all"):
-        raise SystemExit(f"got {what!r}; expected check, time or all")
+    if what not in ("check", "time", "forms", "all"):
+        raise SystemExit(f"got {what!r}; expected check, time, forms or all")
     threading.Thread(target=watch, daemon=True).start()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     good, lines = True, []
-    if what != "time":
+    if what in ("check", "all"):
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN: what is not written shows
         for name, shape in CHECKS.items():
             enter(f"{name}: inputs")
             good &= check(name, Problem(*shape))
             torch.cuda.empty_cache()
         good &= check_graph()
+        for each in FORMS:
+            for name in ("odd widths", "K is E", "skewed") if each not in ("deferred", "no fence") else ():
+                with form(each):
+                    good &= check(f"{each}: {name}", Problem(*CHECKS[name]))
         torch.use_deterministic_algorithms(False)
-    if what != "check":
+    for forms in (False,) * (what in ("time", "all")) + (True,) * (what in ("forms", "all")):
         for name, shape in TIMINGS.items():
             enter(f"{name}: inputs")
-            lines += measure(name, Problem(*shape))
+            lines += measure(name, Problem(*shape), forms)
+            print(*lines, sep="\n", flush=True)
+            lines = []
             torch.cuda.empty_cache()
-    print(*lines, "all checks passed" if good else "CHECKS FAILED", sep="\n", flush=True)
+    print("all checks passed" if good else "CHECKS FAILED", flush=True)
     return 0 if good else 1
 
 

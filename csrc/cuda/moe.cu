@@ -5,9 +5,10 @@
 // One GEMM does them all. A cluster of two CTAs works on a pair of tiles, 128 x 256 each: every CTA has 128 rows (or
 // columns) of its "own" operand, both share 256 of the other, of which each loads one half for the two. Where own rows
 // are gathered, the loading warpgroup copies them one by one with cp.async; all else comes by TMA. Two warpgroups
-// multiply, 64 rows each (128 when the own operand is the right one), and run the epilogue; the second one trails by a
-// few of the four stages, so that one's epilogue hides behind the other's products. Clusters stay and walk over a list
-// of tiles which every thread derives from the plan's offsets, so the host needs to know nothing of the routing.
+// multiply, 64 rows each (128 when the own operand is the right one), and run the epilogue of a tile piece by piece
+// between the products of the next one; the second warpgroup trails a little, so that one changes tiles behind the
+// other's products. Clusters stay and walk over a list of tiles which every thread derives from the plan's offsets,
+// so the host needs to know nothing of the routing.
 //
 //     task            own operand               shared operand          contraction over
 //     up              x[token]         (left)   gate and up, 128 each   d
@@ -19,6 +20,7 @@
 #include "cuda/moe.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "cuda/hopper.h"
 
@@ -40,7 +42,9 @@ constexpr int kLead = 2;  // steps by which the second warpgroup starts after th
 constexpr int kSlab = 64 * kStep * 2;  // bytes of 64 rows x 64 elements, the unit that a transposed operand is made of
 constexpr uint32_t kOwnBytes = kOwn * kStep * 2, kSharedBytes = kShared * kStep * 2;
 constexpr uint32_t kStageBytes = kOwnBytes + kSharedBytes;
-constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8;
+constexpr int kAhead = 2;  // slots of a deferred epilogue for which it has what it reads on its way
+constexpr int kLandingBytes = kAhead * 2 * 128 * kConsumers * 16;
+constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8 + kLandingBytes;
 
 struct Gemm {
   const int32_t *offsets, *slot;
@@ -55,6 +59,8 @@ struct Gemm {
   float* partial;
   int64_t out_expert;
   bool accumulate;
+  int lead;
+  bool fence;
 };
 
 struct Tile {
@@ -113,6 +119,15 @@ template <Task TASK> class Walk {
 template <Task TASK> __device__ inline int steps_of(const Gemm& g, const Tile& t) {
   return is_gradient(TASK) ? max(tiles_of(t.end - t.begin, kStep), 1) : tiles_of(g.depth, kStep);
 }
+
+// Where in the ring of stages a warpgroup is.
+struct Turn {
+  uint32_t steps = 0;  // of all tiles so far
+  __device__ int stage() const { return steps % kStages; }
+  __device__ int last() const { return (steps - 1) % kStages; }
+  __device__ uint32_t phase() const { return steps / kStages & 1; }
+};
+static_assert((kStages & (kStages - 1)) == 0, "steps may go round");
 
 // --- the loading warpgroup
 
@@ -184,7 +199,9 @@ __device__ inline float2 unpack(uint32_t x) { return __bfloat1622float2(reinterp
 // 32 columns of a row among the 4 threads of a quad: the products leave thread q the pairs of columns 8 i + 2 q (+ 1);
 // to and from memory go the 8 columns from 8 q on.
 __device__ inline void store8(bf16* row, const uint32_t (&pairs)[4], int q, bool live) {
-  if (live) *reinterpret_cast<uint4*>(row + 8 * q) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  if (live)  // spelled out, as the compiler likes to take a uint4 apart
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(row + 8 * q), "r"(pairs[0]), "r"(pairs[1]),
+                 "r"(pairs[2]), "r"(pairs[3]) : "memory");
 }
 // The products' own numbers acc[16 block + 4 i + 2 half (+ 1)], as 8 columns.
 __device__ inline void gather8(const float (&acc)[128], int block, int half, int q, float2 (&x)[4]) {
@@ -206,7 +223,11 @@ __device__ inline void gather8(const float (&acc)[128], int block, int half, int
 __device__ inline bf16* element(const Rows& r, int64_t row, int64_t column) {
   return static_cast<bf16*>(r.data) + row * r.stride + column;
 }
-__device__ inline float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+__device__ inline float sigmoid(float x) {  // 1 / (1 + 2^(-x log2 e)); infinity's reciprocal is 0
+  asm("{\n.reg .f32 t;\nmul.ftz.f32 t, %1, 0fBFB8AA3B;\nex2.approx.ftz.f32 t, t;\nadd.ftz.f32 t, t, 0f3F800000;\n"
+      "rcp.approx.ftz.f32 %0, t;\n}" : "=f"(x) : "f"(x));
+  return x;
+}
 
 // Where a thread's results lie: acc[16 g + 4 i + 2 half (+ 1)] is row + 8 half, column + 32 g + 8 i + 2 q (+ 1).
 struct Place {
@@ -332,33 +353,53 @@ __device__ inline void store_down_backward(const Gemm& g, const Tile& t, const P
   }
 }
 
-// BLOCK columns by 64 rows of the result, then the next 64 rows: 256 columns, or twice 128.
+// BLOCK columns by 64 rows of the result, then the next 64 rows: 256 columns, or twice 128. What the result is added to
+// is read four blocks at a time, so that their latencies overlap.
 template <int BLOCK, class Out>
 __device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Place& p, int height, int width,
                                          const float (&acc)[128]) {
   Out* const out = static_cast<Out*>(g.out.data) + t.expert * g.out_expert;
+  const auto place = [&](int half, int j, int i, bool& live) {  // i: piece of 8 columns, of which a thread has 2
+    const int64_t row = p.row + 8 * half + j / (BLOCK / 32) * 64;
+    const int column = p.column + j % (BLOCK / 32) * 32 + 8 * i;
+    live = row < height && column < width;
+    return out + row * g.out.stride + column;
+  };
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int first = 0; first < 16; first += 4) {
+    const int half = first / 8;
+    bool live;
+    if constexpr (sizeof(Out) == 4) {
+      float2 old[16] = {};
+      if (g.accumulate) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int64_t row = p.row + 8 * half + j / (BLOCK / 32) * 64;
-      const int column = p.column + j % (BLOCK / 32) * 32;
-      Out* const at = out + row * g.out.stride + column;
-      if constexpr (sizeof(Out) == 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (row >= height || column + 8 * i >= width) continue;
-          auto& to = *reinterpret_cast<float2*>(at + 8 * i + 2 * p.q);
-          float2 x = g.accumulate ? to : make_float2(0, 0);
-          x.x += acc[16 * j + 4 * i + 2 * half], x.y += acc[16 * j + 4 * i + 2 * half + 1];
-          to = x;
+        for (int n = 0; n < 16; ++n) {
+          const float* const from = place(half, first % 8 + n / 4, n % 4, live) + 2 * p.q;
+          if (live) old[n] = *reinterpret_cast<const float2*>(from);
         }
-      } else {
-        const bool live = row < height && column + 8 * p.q < width;
+      }
+#pragma unroll
+      for (int n = 0; n < 16; ++n) {
+        const int j = first % 8 + n / 4, at = 16 * j + 4 * (n % 4) + 2 * half;
+        float* const to = place(half, j, n % 4, live) + 2 * p.q;
+        if (live) *reinterpret_cast<float2*>(to) = make_float2(old[n].x + acc[at], old[n].y + acc[at + 1]);
+      }
+    } else {
+      uint4 old[4] = {};
+      if (g.accumulate) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const bf16* const from = place(half, first % 8 + n, p.q, live);
+          if (live) old[n] = *reinterpret_cast<const uint4*>(from);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int j = first % 8 + n;
+        bf16* const to = place(half, j, p.q, live);
         uint32_t pairs[4];
         if (g.accumulate) {
-          const uint4 old = live ? *reinterpret_cast<const uint4*>(at + 8 * p.q) : make_uint4(0, 0, 0, 0);
-          const float2 before[4] = {unpack(old.x), unpack(old.y), unpack(old.z), unpack(old.w)};
+          const float2 before[4] = {unpack(old[n].x), unpack(old[n].y), unpack(old[n].z), unpack(old[n].w)};
           float2 x[4];
           gather8(acc, j, half, p.q, x);
 #pragma unroll
@@ -366,23 +407,219 @@ __device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Pla
         } else {
           gather8(acc, j, half, p.q, pairs);
         }
-        store8(at, pairs, p.q, live);
+        store8(to, pairs, 0, live);
       }
     }
   }
 }
 
+__device__ inline uint4 load_shared(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+  return x;
+}
+
+// --- the epilogue of a tile between the products of the next one
+
+// A tile's results, rounded to bf16 when its products are done. Its epilogue is kSlots pieces of work, which the
+// warpgroup does one by one while later products run; what a slot reads comes by cp.async, asked for kAhead slots
+// before and without costing registers: 32 bytes a thread, which nobody else touches. The slots come in groups of four:
+// code for all sixteen would not stay in the instruction cache.
+template <Task TASK> class Deferred {
+ public:
+  static constexpr int kGroups = TASK == Task::down_backward ? 4 : 2, kSlots = 4 * kGroups;
+
+  __device__ Deferred(const Gemm& g, uint8_t* landing)
+      : g_(g), landing_(shared_address(landing) + (threadIdx.x - 128) * 16), packed_{}, weight_{} {}
+
+  // acc: the products, done. Until the first call the slots find nothing to do.
+  __device__ __forceinline__ void take(const float (&acc)[128], const Tile& t, const Place& p,
+                                       const float (&weight)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int from = 16 * j + 4 * i + 2 * half;  // volatile: neither before the wait for the products, nor late
+          asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;"
+                       : "=r"(packed_[4 * (8 * half + j) + i]) : "f"(acc[from + 1]), "f"(acc[from]));
+        }
+    place_ = p, expert_ = t.expert;
+    limit_ = TASK == Task::grad_left ? g_.own_columns : TASK == Task::grad_right ? g_.columns : t.end;
+    if constexpr (TASK == Task::down_backward) weight_[0] = weight[0], weight_[1] = weight[1];
+    if (reads()) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load(i, i);
+    }
+  }
+
+  // All slots, with before(slot) and after(slot) around each.
+  template <class F, class G> __device__ __forceinline__ void run(F before, G after) {
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        before(4 * group + i);
+        slot(group, i);
+        after(4 * group + i);
+      }
+#pragma unroll
+      for (int i = 0; i < 64 - 64 / kGroups; ++i) packed_[i] = packed_[i + 64 / kGroups];
+    }
+  }
+
+ private:
+  __device__ bool reads() const { return TASK == Task::down_backward || (is_gradient(TASK) && g_.accumulate); }
+
+  // Slot i of a group: 8 rows by 32 columns of down_backward, by 64 (two blocks) of the others. Only i is known to the
+  // compiler; packed_ begins with what belongs to the group.
+  __device__ __forceinline__ void slot(int group, int i) {
+    uint4 read[2] = {};
+    if (reads()) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
+      read[0] = load_shared(landing(i, 0)), read[1] = load_shared(landing(i, 1));
+    }
+    if constexpr (TASK == Task::up) up(group, i);
+    else if constexpr (TASK == Task::down_backward) down_backward(group, i, read);
+    else store(group, 2 * i, read[0]), store(group, 2 * i + 1, read[1]);
+    if (reads()) load(4 * group + i + kAhead, i + kAhead);  // to where this slot has read
+  }
+
+  __device__ uint32_t landing(int i, int which) const {
+    return landing_ + (i % kAhead * 2 + which) * (128 * kConsumers * 16);
+  }
+  // What slot `slot` reads, to landing(i): one group of copies, an empty one too, so that groups can be counted.
+  __device__ __forceinline__ void load(int slot, int i) {
+    if (slot < kSlots) {
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const bf16* from;
+        bool live;
+        if constexpr (TASK == Task::down_backward) {
+          int row, column;
+          live = block(slot / 4, i % 4, row, column);
+          from = element(g_.h, row, column + which * g_.columns) + 8 * place_.q;
+        } else {
+          from = result(slot / 4, i % 4 * 2 + which, live) + 8 * place_.q;
+        }
+        copy_async(landing(i, which), live ? from : g_.out.data, live ? 16 : 0);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+
+  // The row and first column of block j of 32 columns of a group, and whether this thread has 8 columns of it.
+  __device__ __forceinline__ bool block(int group, int j, int& row, int& column) const {
+    row = place_.row, column = place_.column;
+    int width = g_.columns;
+    if constexpr (TASK == Task::down_backward) row += group / 2 * 8, column += group % 2 * 128 + 32 * j;
+    else if constexpr (TASK == Task::grad_right)
+      row += group * 8 + j / 4 * 64, column += j % 4 * 32, width = g_.own_columns;
+    else row += group * 8, column += 32 * j;
+    return row < limit_ && column + 8 * place_.q < width;
+  }
+  // Where that goes if a block of products is a block of the result.
+  __device__ __forceinline__ bf16* result(int group, int j, bool& live) const {
+    int row, column;
+    live = block(group, j, row, column);
+    return element(g_.out, row, column) + (is_gradient(TASK) ? expert_ * g_.out_expert : 0);
+  }
+  __device__ __forceinline__ void gather(int j, uint32_t (&pairs)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = packed_[4 * j + i];
+    quad_transpose(pairs, place_.q);
+  }
+
+  __device__ __forceinline__ void store(int group, int j, const uint4& old) {
+    bool live;
+    bf16* const to = result(group, j, live);
+    uint32_t pairs[4];
+    gather(j, pairs);
+    if (reads()) {
+      const uint32_t before[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack(before[i]), y = unpack(pairs[i]);
+        pairs[i] = pack(x.x + y.x, x.y + y.y);
+      }
+    }
+    store8(to, pairs, place_.q, live);
+  }
+
+  __device__ __forceinline__ void up(int group, int j) {
+    int row, column;
+    const bool live = block(group, j, row, column);
+    uint32_t gate[4], up[4], product[4];
+    gather(j, gate), gather(j + 4, up);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack(gate[i]), y = unpack(up[i]);
+      product[i] = pack(x.x * sigmoid(x.x) * y.x, x.y * sigmoid(x.y) * y.y);
+    }
+    bf16* const to = element(g_.out, row, column);
+    store8(to, gate, place_.q, live);
+    store8(to + g_.columns, up, place_.q, live);
+    store8(element(g_.second, row, column), product, place_.q, live);
+  }
+
+  __device__ __forceinline__ void down_backward(int group, int j, const uint4 (&h)[2]) {
+    int row, column;
+    const bool live = block(group, j, row, column);
+    const float weight = group < 2 ? weight_[0] : weight_[1];
+    uint32_t gate[4] = {h[0].x, h[0].y, h[0].z, h[0].w}, up[4] = {h[1].x, h[1].y, h[1].z, h[1].w}, da[4];
+    gather(j, da);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack(gate[i]), y = unpack(up[i]), ds = unpack(da[i]);
+      float dx[2], dy[2], a[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float v = c ? x.y : x.x, u = c ? y.y : y.x, d = c ? ds.y : ds.x;
+        const float s = sigmoid(v), silu = v * s, product = silu * u, scaled_da = weight * d;
+        sum_ = fmaf(d, product, sum_);
+        a[c] = weight * product;
+        dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
+        dy[c] = scaled_da * silu;
+      }
+      da[i] = pack(a[0], a[1]), gate[i] = pack(dx[0], dx[1]), up[i] = pack(dy[0], dy[1]);
+    }
+    bf16* const to = element(g_.out, row, column);
+    store8(to, gate, place_.q, live);
+    store8(to + g_.columns, up, place_.q, live);
+    store8(element(g_.second, row, column), da, place_.q, live);
+    if (j == 3 && group % 2 == 1) {  // a row's last block
+      sum_ += __shfl_xor_sync(~0u, sum_, 1);
+      sum_ += __shfl_xor_sync(~0u, sum_, 2);
+      if (place_.q == 0 && row < limit_ && place_.column < g_.columns)
+        g_.partial[int64_t(row) * tiles_of(g_.columns, columns_of(TASK)) + place_.column / columns_of(TASK)] = sum_;
+      sum_ = 0;
+    }
+  }
+
+  const Gemm& g_;
+  const uint32_t landing_;
+  uint32_t packed_[64];  // 4 (8 half + j) + i: the pair of columns 32 j + 8 i + 2 q of row + 8 half
+  float weight_[2], sum_ = 0;
+  Place place_{0, 0, int(threadIdx.x % 4)};
+  int expert_ = 0, limit_ = 0;  // limit_: the row at which the results end
+};
+
 // --- the kernel
 
-template <Task TASK, class Out>
+template <Task TASK, class Out, bool DEFERRED>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap own_map, const __grid_constant__ CUtensorMap shared_map,
                 const __grid_constant__ Gemm g) {
   constexpr bool kGathered = is_gathered(TASK), kGradient = is_gradient(TASK);
+  constexpr int kRegisters = DEFERRED ? 232 : 224;
+  constexpr int kLoaderRegisters = 3 * 168 - 2 * kRegisters;  // a thread of three warpgroups starts with 168
   extern __shared__ uint8_t raw[];
   uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
   uint64_t* const empty = full + kStages;
+  uint8_t* const landing = reinterpret_cast<uint8_t*>(empty + kStages);
   const auto own_tile = [&](int stage) { return stages + stage * kStageBytes; };
   const auto shared_tile = [&](int stage) { return own_tile(stage) + kOwnBytes; };
 
@@ -400,35 +637,31 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
 
   Walk<TASK> walk(g, rank);
   Tile t{};
-  int stage = 0;
-  uint32_t phase = 0;
-  const auto next_stage = [&] {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  };
+  Turn turn;
 
   if (threadIdx.x < 128) {
-    registers_release<56>();  // 56 + 2 x 224 = 3 x 168, what a thread of three warpgroups starts with
+    registers_release<kLoaderRegisters>();
     const auto load_shared_half = [&](int half, int k, auto load) {  // load: of a box, at (x, y, z)
       if constexpr (is_transposed(TASK)) {
         for (int slab = 2 * half; slab < 2 * half + 2; ++slab)
-          load(shared_tile(stage) + slab * kSlab, t.column + 64 * slab, (kGradient ? t.begin : 0) + k * kStep,
+          load(shared_tile(turn.stage()) + slab * kSlab, t.column + 64 * slab, (kGradient ? t.begin : 0) + k * kStep,
                kGradient ? 0 : t.expert);
       } else {
-        load(shared_tile(stage) + half * (kSharedBytes / 2), k * kStep,
+        load(shared_tile(turn.stage()) + half * (kSharedBytes / 2), k * kStep,
              t.column + half * (TASK == Task::up ? g.columns : kShared / 2), t.expert);
       }
     };
     const auto load_by_tma = [&](int k) {
-      barrier_expect_bytes(full + stage, kSharedBytes + (kGathered ? 0 : kOwnBytes));
-      if (!kGathered) tma_load(own_tile(stage), &own_map, full + stage, k * kStep, t.own, 0);
+      barrier_expect_bytes(full + turn.stage(), kSharedBytes + (kGathered ? 0 : kOwnBytes));
+      if (!kGathered) tma_load(own_tile(turn.stage()), &own_map, full + turn.stage(), k * kStep, t.own, 0);
       if (t.paired) {
         load_shared_half(rank, k, [&](uint8_t* dst, int x, int y, int z) {
-          tma_load_multicast(dst, &shared_map, full + stage, x, y, z, 3);
+          tma_load_multicast(dst, &shared_map, full + turn.stage(), x, y, z, 3);
         });
       } else {
         for (int half = 0; half < 2; ++half) {
           load_shared_half(half, k, [&](uint8_t* dst, int x, int y, int z) {
-            tma_load(dst, &shared_map, full + stage, x, y, z);
+            tma_load(dst, &shared_map, full + turn.stage(), x, y, z);
           });
         }
       }
@@ -439,16 +672,17 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if constexpr (kGradient) {
         for (int k = 0; k < steps; ++k) {
           const int row = t.begin + k * kStep;
-          copy_slabs<2>(own_tile(stage), g.own, g.index, row, t.end, t.own, g.own_columns,
-                        [&] { barrier_wait(empty + stage, phase ^ 1); });
-          if (row + kStep <= t.end) {
-            if (threadIdx.x == 0) load_by_tma(k);
-          } else {  // beyond the expert's rows lie those of the next, or nothing: both operands must be zero there
-            copy_slabs<4>(shared_tile(stage), g.shared, nullptr, row, t.end, t.column, g.columns, [] {});
-            if (threadIdx.x == 0) barrier_arrive(full + stage);
+          const bool whole = row + kStep <= t.end;
+          copy_slabs<2>(own_tile(turn.stage()), g.own, g.index, row, t.end, t.own, g.own_columns, [&] {
+            barrier_wait(empty + turn.stage(), turn.phase() ^ 1);
+            if (whole && threadIdx.x == 0) load_by_tma(k);
+          });
+          if (!whole) {  // beyond the expert's rows lie those of the next, or nothing: both operands must be zero there
+            copy_slabs<4>(shared_tile(turn.stage()), g.shared, nullptr, row, t.end, t.column, g.columns, [] {});
+            if (threadIdx.x == 0) barrier_arrive(full + turn.stage());
           }
-          copy_async_arrive(full + stage);
-          next_stage();
+          copy_async_arrive(full + turn.stage());
+          ++turn.steps;
         }
       } else if constexpr (kGathered) {
         const Copier c;
@@ -459,87 +693,119 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
           rows[i] = row < t.end ? element(g.own, __ldg(g.index + row), c.chunk * 8) : nullptr;
         }
         for (int k = 0; k < steps; ++k) {
-          barrier_wait(empty + stage, phase ^ 1);
+          barrier_wait(empty + turn.stage(), turn.phase() ^ 1);
           if (threadIdx.x == 0) load_by_tma(k);
-          const uint32_t to = shared_address(own_tile(stage)) + c.offset;
+          const uint32_t to = shared_address(own_tile(turn.stage())) + c.offset;
           const bool inside = k * kStep + c.chunk * 8 < g.depth;
 #pragma unroll
           for (int i = 0; i < kOwn / 16; ++i) {
             const bool live = inside && rows[i];
             copy_async(to + i * 2048, live ? rows[i] + k * kStep : g.own.data, live ? 16 : 0);
           }
-          copy_async_arrive(full + stage);
-          next_stage();
+          copy_async_arrive(full + turn.stage());
+          ++turn.steps;
         }
       } else {
         for (int k = 0; k < steps; ++k) {
-          barrier_wait(empty + stage, phase ^ 1);
+          barrier_wait(empty + turn.stage(), turn.phase() ^ 1);
           load_by_tma(k);
-          next_stage();
+          ++turn.steps;
         }
       }
     }
   } else {
-    registers_take<224>();
+    registers_take<kRegisters>();
     const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
     const auto release = [&](int s) {
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
     };
     float acc[128];
+    Deferred<TASK> last(g, landing);
     for (bool first = true; walk.next(t); first = false) {
-      const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(kLead, steps) - 1 : -1;
-      if (first && consumer == 1) named_sync(1, 256);
-      // Nothing but padding: no products, and the other warpgroup has the tensor cores for itself.
+      const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(g.lead, steps) - 1 : -1;
+      if (first && consumer == 1 && g.lead > 0) named_sync(1, 256);
+      // Nothing but padding: no products, and the other warpgroup has the tensor cores for itself. A deferred epilogue
+      // waits for the next tile with products.
       if (!kGradient && t.own + consumer * 64 >= t.end) {
-        // One warp for all: without products to keep them together, one that is late from the last epilogue could find that
-        // a barrier has gone round twice.
+        // One warp for all: without products to keep them together, one that is late from the last epilogue could find
+        // that a barrier has gone round twice.
         for (int k = 0; k < steps; ++k) {
-          if (warp == 0) barrier_wait(full + stage, phase), release(stage);
-          next_stage();
+          if (warp == 0) barrier_wait(full + turn.stage(), turn.phase()), release(turn.stage());
+          ++turn.steps;
         }
         named_sync(2 + consumer, 128);
         continue;
       }
       const Place own{t.own + consumer * 64 + warp * 16 + lane / 4, t.column, q};
-      float weight[2];  // read before the products, which hide the latency
-      if constexpr (TASK == Task::down_backward) {
+      const Place place = TASK == Task::grad_right
+                              ? Place{t.column + consumer * 128 + warp * 16 + lane / 4, t.own, q} : own;
+      float weight[2] = {};  // read before the products, which hide the latency
+      if constexpr (TASK == Task::down_backward && !DEFERRED) {
         Activations::prefetch(g, t, t.own + consumer * 64);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           weight[half] = own.row + 8 * half < t.end ? __ldg(g.weights + __ldg(g.slot + own.row + 8 * half)) : 0;
       }
-      int before = 0;
-      for (int k = 0; k < steps; ++k) {
-        barrier_wait(full + stage, phase);
-        if (kGathered) async_proxy_fence();
+      int k = 0;
+      const auto arrived = [&]() __attribute__((always_inline)) {
+        barrier_wait(full + turn.stage(), turn.phase());
+        if (kGathered && g.fence) async_proxy_fence();
+      };
+      // Ends with the wait for the next step's operands, so that their fence has no stores and copies of a deferred
+      // epilogue right before it, for which it would wait as well.
+      const auto step = [&]() __attribute__((always_inline)) {
         wgmma_fence();
-        products<TASK>(acc, own_tile(stage), shared_tile(stage), consumer, k > 0);
+        products<TASK>(acc, own_tile(turn.stage()), shared_tile(turn.stage()), consumer, k > 0);
         wgmma_commit();
         if (k == lead) named_arrive(1, 256);
-        if (k > 0) {  // the products of the step before are done: its stage goes back to both producers
-          wgmma_wait<1>();
-          release(before);
-        }
-        before = stage;
-        next_stage();
-      }
-      if constexpr (TASK == Task::down_backward) {
-        Activations activations(g, t, own);
+        wgmma_wait<1>();
+        if (k > 0) release(turn.last());  // the step before is done: its stage goes back to both producers
+        ++turn.steps;
+        if (++k < steps) arrived();
+      };
+      arrived();
+      if constexpr (DEFERRED) {
+        int choice[2];
+        const auto products_before = [&](int slot) __attribute__((always_inline)) {
+          constexpr int kSlots = Deferred<TASK>::kSlots;  // the first has steps to hide behind, and so has the last
+#pragma unroll 1
+          for (const int until = (steps * (slot + 1) + kSlots - 1) / kSlots; k < until;) step();
+        };
+        const auto weights_after = [&](int slot) __attribute__((always_inline)) {
+          if constexpr (TASK == Task::down_backward) {  // late, when registers are free, and each after some steps
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int row = own.row + 8 * half;
+              if (slot == Deferred<TASK>::kSlots - 4) choice[half] = row < t.end ? __ldg(g.slot + row) : -1;
+              if (slot == Deferred<TASK>::kSlots - 3)
+                weight[half] = choice[half] >= 0 ? __ldg(g.weights + choice[half]) : 0;
+            }
+          }
+        };
+        last.run(products_before, weights_after);
         wgmma_wait<0>();
-        release(before);
-        store_down_backward(g, t, own, weight, activations, acc);
+        release(turn.last());
+        last.take(acc, t, place, weight);
       } else {
-        wgmma_wait<0>();
-        release(before);
-        if constexpr (TASK == Task::up) store_up(g, t, own, acc);
-        else if constexpr (TASK == Task::grad_left)
-          store_weight_grad<256, Out>(g, t, own, g.own_columns, g.columns, acc);
-        else if constexpr (TASK == Task::grad_right)
-          store_weight_grad<128, Out>(g, t, {t.column + consumer * 128 + warp * 16 + lane / 4, t.own, q}, g.columns,
-                                      g.own_columns, acc);
-        else store_rows(g, t, own, acc);
+        while (k < steps) step();
+        if constexpr (TASK == Task::down_backward) {
+          Activations activations(g, t, own);
+          wgmma_wait<0>();
+          release(turn.last());
+          store_down_backward(g, t, own, weight, activations, acc);
+        } else {
+          wgmma_wait<0>();
+          release(turn.last());
+          if constexpr (TASK == Task::up) store_up(g, t, own, acc);
+          else if constexpr (TASK == Task::grad_left)
+            store_weight_grad<256, Out>(g, t, place, g.own_columns, g.columns, acc);
+          else if constexpr (TASK == Task::grad_right)
+            store_weight_grad<128, Out>(g, t, place, g.columns, g.own_columns, acc);
+          else store_rows(g, t, own, acc);
+        }
       }
     }
+    if constexpr (DEFERRED) last.run([](int) {}, [](int) {});
   }
   cluster_sync();  // a CTA must not leave while its partner may still signal its barriers
 }
@@ -555,28 +821,38 @@ __global__ void sum_partials(MoePlan p, int tiles, const float* partial, float* 
   dweights[p.slot[r]] = sum;
 }
 
-// A thread per 8 columns of a token.
+// A thread per 8 columns of a token. Eight rows at a time come by cp.async, all under way before the first is used: of
+// ordinary loads the compiler leaves only one or two, to save registers.
 template <bool WEIGHTED>
-__global__ void combine_kernel(MoePlan p, int64_t tokens, int k, int chunks, Rows y, const int32_t* inverse,
-                               const float* weights, Rows out) {
+__global__ void __launch_bounds__(256) combine_kernel(MoePlan p, int64_t tokens, int k, int chunks, Rows y,
+                                                      const int32_t* inverse, const float* weights, Rows out) {
+  constexpr int kBatch = 8;
+  __shared__ uint4 landing[kBatch][256];
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, token = thread / chunks;
   const int column = int(thread % chunks) * 8;
   if (token >= tokens) return;
   const int rows = __ldg(p.offsets + p.experts);
   float sum[8] = {};
-#pragma unroll 8
-  for (int i = 0; i < k; ++i) {
-    const int row = __ldg(inverse + token * k + i);
-    const uint4 x =
-        row < rows ? __ldg(reinterpret_cast<const uint4*>(element(y, row, column))) : make_uint4(0, 0, 0, 0);
-    const float weight = WEIGHTED ? __ldg(weights + token * k + i) : 1;
-    const float2 pairs[4] = {unpack(x.x), unpack(x.y), unpack(x.z), unpack(x.w)};
+  for (int64_t slot = token * k, end = slot + k; slot < end; slot += kBatch) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      sum[2 * j] = fmaf(weight, pairs[j].x, sum[2 * j]), sum[2 * j + 1] = fmaf(weight, pairs[j].y, sum[2 * j + 1]);
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = slot + i < end ? __ldg(inverse + slot + i) : rows;
+      copy_async(shared_address(&landing[i][threadIdx.x]), row < rows ? element(y, row, column) : y.data,
+                 row < rows ? 16 : 0);
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const uint4 x = landing[i][threadIdx.x];
+      const float weight = slot + i >= end ? 0 : WEIGHTED ? __ldg(weights + slot + i) : 1;
+      const float2 pairs[4] = {unpack(x.x), unpack(x.y), unpack(x.z), unpack(x.w)};
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        sum[2 * j] = fmaf(weight, pairs[j].x, sum[2 * j]), sum[2 * j + 1] = fmaf(weight, pairs[j].y, sum[2 * j + 1]);
+    }
   }
-  *reinterpret_cast<uint4*>(element(out, token, column)) =
-      make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+  store8(element(out, token, column),
+         {pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7])}, 0, true);
 }
 
 // --- host side
@@ -591,18 +867,29 @@ void check_width(const char* name, int64_t width) {
                                 "; expected a positive multiple of 8");
 }
 
-template <Task TASK, class Out = bf16>
-void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
+template <Task TASK, class Out, bool DEFERRED>
+void launch_form(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
+  constexpr auto kernel = gemm_kernel<TASK, Out, DEFERRED>;
   static const int sms = [] {
     int device = 0, count = 0;
     check(cudaGetDevice(&device));
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    check(cudaFuncSetAttribute(gemm_kernel<TASK, Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
     return count;
   }();
-  gemm_kernel<TASK, Out>
-      <<<sms / 2 * 2, kThreads, kSharedMemory, reinterpret_cast<cudaStream_t>(stream)>>>(own, shared, g);
+  kernel<<<sms / 2 * 2, kThreads, kSharedMemory, reinterpret_cast<cudaStream_t>(stream)>>>(own, shared, g);
   check(cudaGetLastError());
+}
+
+template <Task TASK, class Out = bf16>
+void launch(const CUtensorMap& own, const CUtensorMap& shared, Gemm g, uintptr_t stream) {
+  const char *form = std::getenv("QWEN3_MOE_DEFERRED"), *lead = std::getenv("QWEN3_MOE_LEAD");  // probe
+  const bool deferred = !form || *form != '0';
+  const char* fence = std::getenv("QWEN3_MOE_FENCE");
+  g.lead = lead ? std::atoi(lead) : kLead;
+  g.fence = !fence || *fence != '0';
+  if (deferred && sizeof(Out) == 2) launch_form<TASK, Out, sizeof(Out) == 2>(own, shared, g, stream);
+  else launch_form<TASK, Out, false>(own, shared, g, stream);
 }
 
 // Boxes of `box` rows x 64 elements.
