@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
 demo: .venv/demo
 	$(BIN)/python -m training.recipes.demo --out runs/demo
 
-# Post-training, all stages, on a tiny model: about ten minutes; then the same over three seeds, whose claims must hold.
+# Post-training, all stages, on a tiny model, in five to ten minutes; then the same over three seeds, whose claims must hold.
 qwen3-path: .venv/rl
 	$(BIN)/python -m training.recipes.path --out runs/qwen3-path
 
