@@ -11,7 +11,7 @@ demo: .venv/demo
 base: .venv/data
 	$(BIN)/python -m training.recipes.base --out runs/base
 
-# Post-training, all stages, on a tiny model: about ten minutes; then the same over three seeds, whose claims must hold.
+# Post-training, all stages, on a tiny model, in five to ten minutes; then the same over three seeds, whose claims must hold.
 qwen3-path: .venv/rl
 	$(BIN)/python -m training.recipes.path --out runs/qwen3-path
 
