@@ -1,12 +1,10 @@
 """Checks and times each step of the Hopper experts (qwen3_kernels/cuda/moe_experts.py) on its own.
 
-    python benchmarks/probes/moe_probe.py [check|time|forms|all]
+    python benchmarks/probes/moe_probe.py [check|time|all]
 
 Error: that of the step over that of plain torch in bf16, both against float64, on the same inputs; at most 2 passes.
 Every step also runs three times with bitwise equal results. TFLOP/s count 6 N K D I forward and twice that backward,
 without padding.
-"forms" times the forms that csrc/cuda/moe.cu can be launched in beside each other, interleaved; "check" and "all" check
-each of them.
 A step that takes more than a minute is taken for hung and ends the process by its name.
 """
 
@@ -16,7 +14,6 @@ import os
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,26 +43,6 @@ TIMINGS = {
     "30B T8192 zipf": (8192, 2048, 768, 128, 8, "zipf"),
     "235B T8192": (8192, 4096, 1536, 128, 8, "random"),
 }
-
-# What the environment says at each launch.
-FORMS = {
-    "deferred": {},
-    "at once": {"QWEN3_MOE_DEFERRED": "0"},
-    "lead 1": {"QWEN3_MOE_LEAD": "1"},
-    "lead 0": {"QWEN3_MOE_LEAD": "0"},
-    "lead 3": {"QWEN3_MOE_LEAD": "3"},
-    "at once, lead 3": {"QWEN3_MOE_DEFERRED": "0", "QWEN3_MOE_LEAD": "3"},
-    "no fence": {"QWEN3_MOE_FENCE": "0"},  # what the fence costs, not a correct program: never checked
-}
-
-
-@contextmanager
-def form(name: str):
-    os.environ.update(FORMS[name])
-    yield
-    for variable in FORMS[name]:
-        del os.environ[variable]
-
 
 stage, since = "start", time.monotonic()
 
@@ -299,23 +276,13 @@ def milliseconds(run, reps: int = 20) -> float:
     return sorted(once(run) for _ in range(reps))[reps // 2]
 
 
-def measure(name: str, p: Problem, forms: bool) -> list[str]:
+def measure(name: str, p: Problem) -> list[str]:
     unit = 2 * p.tokens * p.k * p.d * p.i  # FLOPs of a product with one of gate, up and down
-    lines, plan = [name + (f": TFLOP/s {', '.join(FORMS)}" if forms else "")], p.plan
+    lines, plan = [name], p.plan
     dw1, dw2 = torch.empty_like(p.gate_up), torch.empty_like(p.down)
 
     def line(label, flops, run, moved=0):
         enter(f"{name}: {label}")
-        if forms:
-            if flops and not label.startswith("dense"):
-                times = {each: [] for each in FORMS}
-                for _ in range(12):
-                    for each, of in times.items():
-                        with form(each):
-                            of.append(once(run))
-                rates = (f"{flops / sorted(of)[len(of) // 2] * 1e-9:6.0f}" for of in times.values())
-                lines.append(f"  {label:17}{''.join(rates)}")
-            return
         ms = milliseconds(run)
         rate = f"{flops / ms * 1e-9:7.0f} TFLOP/s" if flops else f"{moved / ms * 1e-6:7.0f} GB/s"
         lines.append(f"  {label:17} {ms:8.3f} ms {rate}")
@@ -364,29 +331,23 @@ def measure(name: str, p: Problem, forms: bool) -> list[str]:
 
 def main() -> int:
     what = sys.argv[1] if len(sys.argv) > 1 else "all"
-    if what not in ("check", "time", "forms", "all"):
-        raise SystemExit(f"got {what!r}; expected check, time, forms or all")
+    if what not in ("check", "time", "all"):
+        raise SystemExit(f"got {what!r}; expected check, time or all")
     threading.Thread(target=watch, daemon=True).start()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
-    good, lines = True, []
-    if what in ("check", "all"):
+    good = True
+    if what != "time":
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN: what is not written shows
         for name, shape in CHECKS.items():
             enter(f"{name}: inputs")
             good &= check(name, Problem(*shape))
             torch.cuda.empty_cache()
         good &= check_graph()
-        for each in FORMS:
-            for name in ("odd widths", "K is E", "skewed") if each not in ("deferred", "no fence") else ():
-                with form(each):
-                    good &= check(f"{each}: {name}", Problem(*CHECKS[name]))
         torch.use_deterministic_algorithms(False)
-    for forms in (False,) * (what in ("time", "all")) + (True,) * (what in ("forms", "all")):
+    if what != "check":
         for name, shape in TIMINGS.items():
             enter(f"{name}: inputs")
-            lines += measure(name, Problem(*shape), forms)
-            print(*lines, sep="\n", flush=True)
-            lines = []
+            print(*measure(name, Problem(*shape)), sep="\n", flush=True)
             torch.cuda.empty_cache()
     print("all checks passed" if good else "CHECKS FAILED", flush=True)
     return 0 if good else 1

@@ -20,7 +20,7 @@
 #include "cuda/moe.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <type_traits>
 
 #include "cuda/hopper.h"
 
@@ -59,8 +59,6 @@ struct Gemm {
   float* partial;
   int64_t out_expert;
   bool accumulate;
-  int lead;
-  bool fence;
 };
 
 struct Tile {
@@ -422,6 +420,10 @@ __device__ inline uint4 load_shared(uint32_t address) {
 
 // --- the epilogue of a tile between the products of the next one
 
+struct AtOnce {  // in its place where nothing is deferred
+  __device__ AtOnce(const Gemm&, uint8_t*) {}
+};
+
 // A tile's results, rounded to bf16 when its products are done. Its epilogue is kSlots pieces of work, which the
 // warpgroup does one by one while later products run; what a slot reads comes by cp.async, asked for kAhead slots
 // before and without costing registers: 32 bytes a thread, which nobody else touches. The slots come in groups of four:
@@ -481,8 +483,7 @@ template <Task TASK> class Deferred {
       asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
       read[0] = load_shared(landing(i, 0)), read[1] = load_shared(landing(i, 1));
     }
-    if constexpr (TASK == Task::up) up(group, i);
-    else if constexpr (TASK == Task::down_backward) down_backward(group, i, read);
+    if constexpr (TASK == Task::down_backward) down_backward(group, i, read);
     else store(group, 2 * i, read[0]), store(group, 2 * i + 1, read[1]);
     if (reads()) load(4 * group + i + kAhead, i + kAhead);  // to where this slot has read
   }
@@ -546,22 +547,6 @@ template <Task TASK> class Deferred {
       }
     }
     store8(to, pairs, place_.q, live);
-  }
-
-  __device__ __forceinline__ void up(int group, int j) {
-    int row, column;
-    const bool live = block(group, j, row, column);
-    uint32_t gate[4], up[4], product[4];
-    gather(j, gate), gather(j + 4, up);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = unpack(gate[i]), y = unpack(up[i]);
-      product[i] = pack(x.x * sigmoid(x.x) * y.x, x.y * sigmoid(x.y) * y.y);
-    }
-    bf16* const to = element(g_.out, row, column);
-    store8(to, gate, place_.q, live);
-    store8(to + g_.columns, up, place_.q, live);
-    store8(element(g_.second, row, column), product, place_.q, live);
   }
 
   __device__ __forceinline__ void down_backward(int group, int j, const uint4 (&h)[2]) {
@@ -720,10 +705,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
     };
     float acc[128];
-    Deferred<TASK> last(g, landing);
+    std::conditional_t<DEFERRED, Deferred<TASK>, AtOnce> last(g, landing);
     for (bool first = true; walk.next(t); first = false) {
-      const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(g.lead, steps) - 1 : -1;
-      if (first && consumer == 1 && g.lead > 0) named_sync(1, 256);
+      const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(kLead, steps) - 1 : -1;
+      if (first && consumer == 1) named_sync(1, 256);
       // Nothing but padding: no products, and the other warpgroup has the tensor cores for itself. A deferred epilogue
       // waits for the next tile with products.
       if (!kGradient && t.own + consumer * 64 >= t.end) {
@@ -749,7 +734,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       int k = 0;
       const auto arrived = [&]() __attribute__((always_inline)) {
         barrier_wait(full + turn.stage(), turn.phase());
-        if (kGathered && g.fence) async_proxy_fence();
+        if (kGathered) async_proxy_fence();
       };
       // Ends with the wait for the next step's operands, so that their fence has no stores and copies of a deferred
       // epilogue right before it, for which it would wait as well.
@@ -881,15 +866,14 @@ void launch_form(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& 
   check(cudaGetLastError());
 }
 
+// Whose epilogue is deferred: those that read or compute most. TFLOP/s deferred and at once (30B, T 32768): down 630, 610;
+// down_backward 454, 413; up_backward 691, 646; weight gradients that accumulate in bf16 555, 547 (T 8192: 397, 338), that
+// do not 578, 603; up 601, 601 (T 8192: 546, 574).
 template <Task TASK, class Out = bf16>
-void launch(const CUtensorMap& own, const CUtensorMap& shared, Gemm g, uintptr_t stream) {
-  const char *form = std::getenv("QWEN3_MOE_DEFERRED"), *lead = std::getenv("QWEN3_MOE_LEAD");  // probe
-  const bool deferred = !form || *form != '0';
-  const char* fence = std::getenv("QWEN3_MOE_FENCE");
-  g.lead = lead ? std::atoi(lead) : kLead;
-  g.fence = !fence || *fence != '0';
-  if (deferred && sizeof(Out) == 2) launch_form<TASK, Out, sizeof(Out) == 2>(own, shared, g, stream);
-  else launch_form<TASK, Out, false>(own, shared, g, stream);
+void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
+  constexpr bool kCanDefer = TASK != Task::up && sizeof(Out) == 2;
+  if (kCanDefer && (!is_gradient(TASK) || g.accumulate)) launch_form<TASK, Out, kCanDefer>(own, shared, g, stream);
+  else if constexpr (!kCanDefer || is_gradient(TASK)) launch_form<TASK, Out, false>(own, shared, g, stream);
 }
 
 // Boxes of `box` rows x 64 elements.
