@@ -85,7 +85,7 @@ __device__ inline bool deal(const AttentionBackward& a, int processors, int tick
 // heads a key head, 8 % with 2), but what they share is in L2.
 // Spread: each starts at its diagonal and goes up, with its second block back down, so that no two are ever at the same
 // queries but for a few crossings. Nobody waits; but 17 MB a query head of the group go through L2, of which it holds two.
-// B8 T4096 h16/8: 504 TFLOP/s spread and 466 together; B4 T4096 h32/8: 440 and 505.
+// Earlier forms had 504 TFLOP/s spread and 466 together at B8 T4096 h16/8, 440 and 505 at B4 T4096 h32/8.
 template <bool CAUSAL> struct Walk {
   static constexpr int kPer = kKeys / kQueries;
   int index, k_blocks, q_blocks, group;
