@@ -309,11 +309,15 @@ class Activations {
   uint4 gate_[kAhead], up_[kAhead];
 };
 
+// As the compiler likes it, in four pieces: spelled out as in store8, down_backward spills a register.
+__device__ inline void store8_plain(bf16* row, const uint32_t (&pairs)[4], int q, bool live) {
+  if (live) *reinterpret_cast<uint4*>(row + 8 * q) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
 __device__ inline void store_down_backward(const Gemm& g, const Tile& t, const Place& p, const float (&weight)[2],
                                            Activations& activations, const float (&acc)[128]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t row = p.row + 8 * half;
+    const int row = p.row + 8 * half;
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -321,8 +325,8 @@ __device__ inline void store_down_backward(const Gemm& g, const Tile& t, const P
       const bool live = row < t.end && column + 8 * p.q < g.columns;
       uint32_t gate[4], up[4], scaled[4];
       float2 da[4];
-      activations.take(8 * half + j, gate, up);
       gather8(acc, j, half, p.q, da);
+      activations.take(8 * half + j, gate, up);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 x = unpack(gate[i]), y = unpack(up[i]);
@@ -339,15 +343,15 @@ __device__ inline void store_down_backward(const Gemm& g, const Tile& t, const P
         scaled[i] = pack(a[0], a[1]), gate[i] = pack(dx[0], dx[1]), up[i] = pack(dy[0], dy[1]);
       }
       bf16* const to = element(g.out, row, 0) + column;
-      store8(to, gate, p.q, live);
-      store8(to + g.columns, up, p.q, live);
-      store8(element(g.second, row, column), scaled, p.q, live);
+      store8_plain(to, gate, p.q, live);
+      store8_plain(to + g.columns, up, p.q, live);
+      store8_plain(element(g.second, row, column), scaled, p.q, live);
     }
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     const int tiles = tiles_of(g.columns, columns_of(Task::down_backward));
     if (p.q == 0 && row < t.end && p.column < g.columns)
-      g.partial[row * tiles + p.column / columns_of(Task::down_backward)] = sum;
+      g.partial[int64_t(row) * tiles + p.column / columns_of(Task::down_backward)] = sum;
   }
 }
 
@@ -608,7 +612,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   const auto own_tile = [&](int stage) { return stages + stage * kStageBytes; };
   const auto shared_tile = [&](int stage) { return own_tile(stage) + kOwnBytes; };
 
-  const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
     if (!kGathered) tma_prefetch_map(&own_map);
     tma_prefetch_map(&shared_map);
@@ -620,12 +623,12 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   }
   cluster_sync();
 
-  Walk<TASK> walk(g, rank);
-  Tile t{};
-  Turn turn;
-
   if (threadIdx.x < 128) {
     registers_release<kLoaderRegisters>();
+    const uint32_t rank = cluster_rank();
+    Walk<TASK> walk(g, rank);
+    Tile t{};
+    Turn turn;
     const auto load_shared_half = [&](int half, int k, auto load) {  // load: of a box, at (x, y, z)
       if constexpr (is_transposed(TASK)) {
         for (int slab = 2 * half; slab < 2 * half + 2; ++slab)
@@ -700,6 +703,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     }
   } else {
     registers_take<kRegisters>();
+    Walk<TASK> walk(g, cluster_rank());
+    Tile t{};
+    Turn turn;
     const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
     const auto release = [&](int s) {
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
@@ -866,14 +872,12 @@ void launch_form(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& 
   check(cudaGetLastError());
 }
 
-// Whose epilogue is deferred: those that read or compute most. TFLOP/s deferred and at once (30B, T 32768): down 630, 610;
-// down_backward 454, 413; up_backward 691, 646; weight gradients that accumulate in bf16 555, 547 (T 8192: 397, 338), that
-// do not 578, 603; up 601, 601 (T 8192: 546, 574).
+// Whose epilogue is deferred. TFLOP/s deferred and at once (30B, T 32768): up_backward 691, 646; up 601, 601 (T 8192: 546,
+// 574); weight gradients that do not accumulate 578, 603. The others would gain, but spill a few registers a tile, which no
+// kernel here may: down 630, 610; down_backward 454, 413; weight gradients that accumulate in bf16 555, 547.
 template <Task TASK, class Out = bf16>
 void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
-  constexpr bool kCanDefer = TASK != Task::up && sizeof(Out) == 2;
-  if (kCanDefer && (!is_gradient(TASK) || g.accumulate)) launch_form<TASK, Out, kCanDefer>(own, shared, g, stream);
-  else if constexpr (!kCanDefer || is_gradient(TASK)) launch_form<TASK, Out, false>(own, shared, g, stream);
+  launch_form<TASK, Out, TASK == Task::up_backward>(own, shared, g, stream);
 }
 
 // Boxes of `box` rows x 64 elements.
