@@ -14,9 +14,10 @@ from qwen3_model.tokenizer import train_bpe
 from training import strict
 from training.data import build as builder
 from training.data import endpoint as endpoint_module
+from training.data.blocks import Document
 from training.data.build import Build
 from training.data.endpoint import Endpoint
-from training.data.labels import Judge
+from training.data.labels import Judge, Label
 from training.files import write_jsonl
 
 
@@ -151,3 +152,10 @@ def test_synthetic_text_and_judged_labels(stub, tmp_path, base):
 def test_answers_that_are_no_labels_count_as_unknown(stub, tmp_path, text):
     stub.answer = lambda body: text
     assert Judge(Endpoint(stub.url, "m"), tmp_path).score(["document"]) == [{}]
+
+
+def test_a_malformed_label_leaves_the_others(stub, tmp_path):
+    stub.answer = lambda body: '{"educational_value": 9, "field": "Law & Order", "domain": "news", "safety": "unsafe"}'
+    judge = Judge(Endpoint(stub.url, "m"), tmp_path)
+    assert judge.score(["document"]) == [{"domain": "news", "safety": "unsafe"}]
+    assert Label(judge).filter(Document("document", "1", metadata={})) == (False, "unsafe")
