@@ -250,6 +250,16 @@ def test_the_search_finds_a_better_mixture_and_resumes(data, tmp_path):
     assert all(e["leave-one-out error"] < 0.5 * e["spread"] for e in errors.values())
 
 
+@pytest.mark.parametrize(
+    "changes, words", [({"seed": 1}, "seed, shares"), ({"settings": {"tokens": 2}}, "tokens"), ({"spread": 0.4}, "shares")], ids=str)
+def test_losses_of_another_search_are_refused(data, tmp_path, changes, words):
+    options = {"runs": 5, "out": tmp_path, "checks": 1, "quiet": True, "settings": {"tokens": 1}}
+    first = search(cells_module.read(data[0]), lambda name, share, seed: made_up_loss(share), **options)
+    with pytest.raises(ValueError, match=f"proxy-00.json is of a run with other .*{words};"):
+        search(cells_module.read(data[0]), None, **options | changes)
+    assert search(cells_module.read(data[0]), None, **options) == first
+
+
 def test_points_give_every_label_vector_a_weight():
     cells = {CODE: 900, WORDS: 300, HARD: 50}
     factors = Point({"code": 0.0, "news": 1.0, "reasoning": -1.0}, slope=0.2, evenness=0.5).factors(cells)
@@ -279,6 +289,11 @@ def test_real_proxies_and_a_real_ladder_run(data, tmp_path):
     options = {"sizes": ((32, 1), (64, 1)), "lengths": (1000, 2000, 4000), "rates": (5e-3, 2e-2), "batches": (128,), "seq_len": 32, "quiet": True}
     runs = ladder(*data, tmp_path / "ladder", **options)
     assert len(runs) == 12 and len({r.params for r in runs}) == 2 and ladder(*data, tmp_path / "ladder", **options) == runs
+    for changes, words in (({"seed": 1}, "seed"), ({"seq_len": 16}, "seq_len")):
+        with pytest.raises(ValueError, match=f"h32-l1-t1000-r0.005-b128.json is of a run with other {words};"):
+            ladder(*data, tmp_path / "ladder", **options | changes)
+    with pytest.raises(ValueError, match="proxy-00.json is of a run with other tokens;"):
+        mixture_search(*data, tmp_path / "search", runs=5, tokens=1600, hidden=32, layers=1, seq_len=32, batch_tokens=128, quiet=True)
     best = {n: min(r.loss for r in runs if r.tokens == n) for n in (1000, 4000)}
     assert best[4000] < best[1000]
 
