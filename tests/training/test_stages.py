@@ -22,7 +22,7 @@ from training.environment import file_sha256
 from training.evaluation import HeldOut
 from training.log import read_metrics
 from training.pretrain import next_token_loss
-from training.recipes import stage1, stage2, stage3, stages
+from training.recipes import proxies, stage1, stage2, stage3, stages
 from training.recipes.proxies import ladder, mixture_search
 from training.recipes.stages import SCALES, Paths
 
@@ -296,6 +296,21 @@ def test_real_proxies_and_a_real_ladder_run(data, tmp_path):
         mixture_search(*data, tmp_path / "search", runs=5, tokens=1600, hidden=32, layers=1, seq_len=32, batch_tokens=128, quiet=True)
     best = {n: min(r.loss for r in runs if r.tokens == n) for n in (1000, 4000)}
     assert best[4000] < best[1000]
+
+
+@pytest.mark.parametrize("at_the_end, words", [(False, "step 2: .* gradient norm nan"), (True, "held-out loss is nan")])
+def test_a_proxy_that_diverges_stops_the_run(data, tmp_path, monkeypatch, at_the_end, words):
+    if at_the_end:
+        def spoilt(config, *_, **__):
+            model = Qwen3(config).init_weights(0)
+            model.model.norm.weight.data.fill_(float("nan"))
+            return model
+
+        monkeypatch.setattr(proxies, "train_small", spoilt)
+    options = {"sizes": ((32, 1),), "lengths": (1024,), "rates": (1e38,), "batches": (128,), "seq_len": 32, "quiet": True}
+    with pytest.raises(FloatingPointError, match=words):
+        ladder(*data, tmp_path, **options)
+    assert [f.name for f in tmp_path.iterdir()] == ["mixture.json"], "no loss is kept"
 
 
 def test_options(capsys):

@@ -8,6 +8,7 @@ Both go on where they were stopped: a model's losses are on disk when it is done
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -48,15 +49,26 @@ def train_small(
     config: Qwen3Config, data: Path, *, tokens: float, batch_tokens: int, seq_len: int, lr: float, seed: int = 0,
     device: str = "cpu",
 ) -> Qwen3:
-    """Muon, WSD with a decay over the last half, no checkpoints."""
+    """Muon, WSD with a decay over the last half, no checkpoints. Raises FloatingPointError when loss or gradient norm is
+    not finite."""
     loader = open_loader(data, seq_len=seq_len, rows=batch_tokens // seq_len, seed=seed)
     model = Qwen3(config).init_weights(seed).to(device).train()
     optimizer = Optimizer(model, kind="muon", seed=seed)
     steps = max(4, round(tokens / batch_tokens))
     for step in range(steps):
         rate = lr * lr_scale(step, total=steps, warmup=steps // 10, decay=steps // 2)
-        train_step(model, optimizer, [loader.batch(step)], next_token_loss, lr=rate, max_grad_norm=1.0)
+        loss, norm, _ = train_step(model, optimizer, [loader.batch(step)], next_token_loss, lr=rate, max_grad_norm=1.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise FloatingPointError(f"step {step + 1}: loss is {loss.item()}, gradient norm {norm.item()}; peak lr {lr:g}")
     return model.eval()
+
+
+def _measure(held: HeldOut, model: Qwen3) -> dict[str, float]:
+    """Held-out losses. Raises FloatingPointError when they are not finite."""
+    losses = held(model)
+    if not math.isfinite(losses["loss"]):
+        raise FloatingPointError(f"held-out loss is {losses['loss']} after the last step")
+    return losses
 
 
 def _data(shards: Path, tokenizer: Path) -> dict[str, str]:
@@ -77,7 +89,7 @@ def mixture_search(
     def train_proxy(name: str, share: Mapping[Cell, float], run_seed: int) -> dict[str, float]:
         file = out / f"{name}.mixture.json"
         Mixture(of_cells(shards, share, seq_len=seq_len, least=5e-4)).write(file)
-        return held(train_small(config, file, seed=run_seed, **options))
+        return _measure(held, train_small(config, file, seed=run_seed, **options))
 
     settings = options | {"hidden": hidden, "layers": layers} | _data(shards, tokenizer)
     result = search(
@@ -119,7 +131,7 @@ def ladder(
         config = small(vocabulary, hidden=hidden, layers=layers, seq_len=seq_len)
         options = {"tokens": tokens, "batch_tokens": batch, "seq_len": seq_len, "lr": lr, "seed": seed}
         file = out / f"h{hidden}-l{layers}-t{tokens:.0f}-r{lr:g}-b{batch}.json"
-        loss = kept(file, options | data, lambda: held(train_small(config, mixture, **options))["loss"])
+        loss = kept(file, options | data, lambda: _measure(held, train_small(config, mixture, **options))["loss"])
         runs.append(scaling.Run(config.num_params(embeddings=False), tokens, loss, lr, batch))
     return runs
 
@@ -174,7 +186,7 @@ def main(args: Sequence[str] | None = None) -> None:
     commands: dict[str, Callable[..., None]] = {"search": search_, "ladder": ladder_}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="python -m training.recipes.proxies", description=__doc__)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         raise SystemExit(f"error: {e}") from e
 
 
