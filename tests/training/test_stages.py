@@ -117,6 +117,25 @@ def test_a_finished_stage_is_left_alone(three, data, monkeypatch):
     assert stages.run(stage1.stage(SCALE), SCALE, Paths(*data, out / "s1"), quiet=True) == found["s1"]
 
 
+@pytest.mark.parametrize("changed", ["scale.lr", "stage.tokens", "seed", "init", "shards", "factors"])
+def test_a_result_with_other_settings_is_refused(three, data, tmp_path, changed):
+    scale, paths, seed = SCALE, Paths(*data, three[1] / "s1"), 0
+    if changed == "scale.lr":
+        scale = dataclasses.replace(scale, lr=1e-3)
+    elif changed == "stage.tokens":
+        scale = dataclasses.replace(scale, tokens=(9_000, 4_000, 4_000))
+    elif changed == "seed":
+        seed = 1
+    elif changed == "shards":
+        (tmp_path / cells_module.FILE).write_text("{}")
+        paths = dataclasses.replace(paths, shards=tmp_path)
+    else:
+        (tmp_path / "search.json").write_text("{}")
+        paths = dataclasses.replace(paths, **{changed: tmp_path / "search.json"})
+    with pytest.raises(ValueError, match=rf"s1/result.json is of a run with other .*\b{changed}[,;]"):
+        stages.run(stage1.stage(scale), scale, paths, seed=seed, quiet=True)
+
+
 def test_factors_of_a_search_come_on_top(data, tmp_path):
     (tmp_path / "search.json").write_text(json.dumps({"factors": {"domain=code": 10.0, "domain=poetry": 3.0}}))
     s = dataclasses.replace(stage1.stage(SCALE), factors={"domain=code": 0.5})
