@@ -146,9 +146,24 @@ def test_factors_of_a_search_come_on_top(data, tmp_path):
     assert ratio[1] == pytest.approx(5 * ratio[0]) and record["absent"] == ["domain=poetry"]
 
 
-def test_experts(data, tmp_path):
+@pytest.mark.parametrize("stage", [stage1.stage, stage3.stage])
+def test_the_record_has_the_real_passes(data, tmp_path, stage):
+    """Also where tokens or long documents are too few for ``max_epochs``."""
+    total = sum(cells_module.read(data[0]).values())
+    s = dataclasses.replace(stage(SCALE), tokens=10.0 * total)
+    found, record = stages.mixture(s, Paths(*data, tmp_path), 4.0)
+    found.write(tmp_path / "mixture.json")
+    mixed = open_loader(tmp_path / "mixture.json", seq_len=s.seq_len, rows=8, seed=0)
+    assert record["passes"] == pytest.approx(max(share * s.tokens / p.n_tokens for p, share in zip(mixed.parts, mixed.share)))
+    assert record["passes"] >= 10
+    fewer = stages.mixture(dataclasses.replace(s, tokens=total), Paths(*data, tmp_path), 4.0)[1]
+    assert fewer["passes"] == pytest.approx(record["passes"] / 10)
+
+
+def test_experts(data, tmp_path, capsys):
     scale = dataclasses.replace(SCALE, experts=4, experts_per_token=2, expert_width=32, tokens=(4000, 0, 0))
-    result = stages.run(stage1.stage(scale), scale, Paths(*data, tmp_path / "a"), quiet=True)
+    result = stages.run(stage1.stage(scale), scale, Paths(*data, tmp_path / "a"))
+    assert f"at most {result['mixture']['passes']:.1f} passes (max_epochs 4)" in " ".join(capsys.readouterr().out.split())
     assert result["held_out"]["loss"] < 5 and result["active"] < result["parameters"]
     several = dataclasses.replace(scale, micros=2)
     with pytest.raises(ValueError, match="2 micro-steps needs a loss_fn that balances the global batch"):

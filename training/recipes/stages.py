@@ -136,7 +136,8 @@ class Paths:
 
 
 def mixture(stage: Stage, paths: Paths, max_epochs: float) -> tuple[Mixture, dict[str, Any]]:
-    """The stage's mixture, and a record: shares by domain, and factors for labels that the data do not have."""
+    """The stage's mixture, and a record: shares by domain, the most passes over a part, which are more than ``max_epochs``
+    where the data are too few or the context is long, and factors for labels that the data do not have."""
     cells = cells_module.read(paths.shards)
     found = json.loads(paths.factors.read_text())["factors"] if paths.factors else {}
     known = {f"{name}={getattr(c, name)}" for c in cells for name in cells_module.LABELS}
@@ -157,8 +158,9 @@ def mixture(stage: Stage, paths: Paths, max_epochs: float) -> tuple[Mixture, dic
     for p in parts:
         domain = cells_module.Cell.parse(p.path.name).domain
         domains[domain] = domains.get(domain, 0.0) + p.weight
+    passes = max(p.weight * stage.tokens / p.tokens() for p in parts)
     absent = sorted(names - known)
-    return Mixture(parts), {"domains": domains, "parts": len(parts), "absent": absent}
+    return Mixture(parts), {"domains": domains, "parts": len(parts), "passes": passes, "absent": absent}
 
 
 def moe_loss(model: Qwen3, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
@@ -228,7 +230,8 @@ def run(
     mixed.write(config.data)
     console = Console(quiet=quiet, highlight=False, soft_wrap=True)
     shown = ", ".join(f"{d} {100 * w:.0f} %" for d, w in sorted(record["domains"].items(), key=lambda kv: -kv[1]))
-    console.print(f"{stage.name}: {stage.title}; {stage.tokens:,.0f} tokens in rows of {stage.seq_len:,}; {shown}", markup=False)
+    console.print(f"{stage.name}: {stage.title}; {stage.tokens:,.0f} tokens in rows of {stage.seq_len:,}; {shown}; "
+                  f"at most {record['passes']:.1f} passes (max_epochs {scale.max_epochs:g})", markup=False)
     rows = max(1, 4096 // stage.seq_len)
     held = HeldOut(paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=scale.eval_tokens)
     final = train(config, model_config=model_config, loss_fn=loss_fn, eval_fn=held, quiet=quiet)
