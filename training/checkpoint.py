@@ -60,8 +60,8 @@ def save(
     folder: Path, step: int, model: Qwen3, optimizer: Optimizer, fields: dict[str, Any], *, keep: int = 2,
     extra_files: tuple[Path, ...] = (), save_model: Callable[[Qwen3, Path], None] | None = None,
 ) -> Path:
-    """Writes the checkpoint of ``step`` (steps done) and deletes all but the newest ``keep``. ``extra_files`` (a
-    tokenizer) are copied in; ``save_model`` writes the model in place of `load.save`. On any failure nothing is left
+    """Writes the checkpoint of ``step`` (steps done) and deletes all but it and the newest ``keep``. ``extra_files``
+    (a tokenizer) are copied in; ``save_model`` writes the model in place of `load.save`. On any failure nothing is left
     behind and the error is raised."""
     if keep < 1:
         raise ValueError(f"keep is {keep}; expected at least 1")
@@ -151,7 +151,8 @@ def _write(
         shutil.rmtree(tmp, ignore_errors=True)
         raise
     for old in sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name))[:-keep]:
-        _remove(old)
+        if old != final:  # newer ones that are damaged were passed over
+            _remove(old)
     return final
 
 

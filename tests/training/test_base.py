@@ -77,8 +77,23 @@ def test_from_raw_files_to_a_base_model(little, tmp_path):
         (options.out / name).unlink()
     again = base.run(options, TINY, quiet=True)
     assert again["stages"] == results["stages"] and again["seconds"].keys() == results["seconds"].keys()
-    with pytest.raises(ValueError, match="holds a run with other options"):
+    with pytest.raises(ValueError, match="options.json is of a run with other seed;"):
         base.run(dataclasses.replace(options, seed=1), TINY, quiet=True)
+
+
+def test_options_are_compared_from_the_start(little, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise InterruptedError
+
+    options = Base(out=tmp_path / "base", problems=40, workers=1)
+    monkeypatch.setattr(base, "build", stopped)
+    for _ in range(2):  # the same options go on
+        with pytest.raises(InterruptedError):
+            base.run(options, TINY, quiet=True)
+    with pytest.raises(ValueError, match="options.json is of a run with other problems;"):
+        base.run(dataclasses.replace(options, problems=50), TINY, quiet=True)
+    with pytest.raises(ValueError, match="options.json is of a run with other scale.lr;"):
+        base.run(options, dataclasses.replace(TINY, lr=1e-3), quiet=True)
 
 
 def test_tokens_follow_from_the_minutes(little, tmp_path):

@@ -14,14 +14,16 @@ from qwen3_model.tokenizer import train_bpe
 from training import strict
 from training.data import build as builder
 from training.data import endpoint as endpoint_module
+from training.data.blocks import Document
 from training.data.build import Build
 from training.data.endpoint import Endpoint
-from training.data.labels import Judge
+from training.data.labels import Judge, Label
 from training.files import write_jsonl
 
 
 class Stub:
-    """A server of chat completions on this machine: ``answer(body)`` gives the text, or a number: an HTTP error."""
+    """A server of chat completions on this machine: ``answer(body)`` gives the text, or a number: an HTTP error, or
+    ``...``: a reply that is cut short."""
 
     def __init__(self):
         self.bodies, self.headers, self.answer = [], [], lambda body: "text"
@@ -34,6 +36,9 @@ class Stub:
                 stub.headers.append(dict(self.headers))
                 answer = stub.answer(body)
                 self.send_response(answer if isinstance(answer, int) else 200)
+                if answer is ...:
+                    answer = b'{"choices'
+                    self.send_header("Content-Length", "100")
                 self.end_headers()
                 if not isinstance(answer, int):
                     raw = answer if isinstance(answer, bytes) else json.dumps(
@@ -73,10 +78,16 @@ def test_asks_as_openai_does_and_keeps_answers(stub, tmp_path, monkeypatch):
     assert model.chat("Hello!", tmp_path) == "another" and model.chat("Hello") == "another"
 
 
-def test_tries_again_and_gives_up_with_a_reason(stub):
-    answers = iter([503, 429, b"not json", b'{"choices": []}', "at last"])
+def test_tries_again_and_gives_up_with_a_reason(stub, tmp_path):
+    answers = iter([503, b"not json", b'{"choices": []}', ..., "at last"])
     stub.answer = lambda body: next(answers)
     assert Endpoint(stub.url, "m").chat("x") == "at last"
+    answers = iter([429, None, "at last"])
+    assert Endpoint(stub.url, "m").chat("x", tmp_path) == "at last", "null is no answer"
+    stub.answer = lambda body: None
+    with pytest.raises(RuntimeError, match="the last: .*content is None"):
+        Endpoint(stub.url, "m").chat("y", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1, "and is not kept"
     stub.answer = lambda body: 500
     with pytest.raises(RuntimeError, match=rf"{stub.url} \(m\) gave no answer in 3 tries; the last: 500"):
         Endpoint(stub.url, "m", retries=2).chat("x")
@@ -151,3 +162,10 @@ def test_synthetic_text_and_judged_labels(stub, tmp_path, base):
 def test_answers_that_are_no_labels_count_as_unknown(stub, tmp_path, text):
     stub.answer = lambda body: text
     assert Judge(Endpoint(stub.url, "m"), tmp_path).score(["document"]) == [{}]
+
+
+def test_a_malformed_label_leaves_the_others(stub, tmp_path):
+    stub.answer = lambda body: '{"educational_value": 9, "field": "Law & Order", "domain": "news", "safety": "unsafe"}'
+    judge = Judge(Endpoint(stub.url, "m"), tmp_path)
+    assert judge.score(["document"]) == [{"domain": "news", "safety": "unsafe"}]
+    assert Label(judge).filter(Document("document", "1", metadata={})) == (False, "unsafe")

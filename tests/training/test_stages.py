@@ -22,7 +22,7 @@ from training.environment import file_sha256
 from training.evaluation import HeldOut
 from training.log import read_metrics
 from training.pretrain import next_token_loss
-from training.recipes import stage1, stage2, stage3, stages
+from training.recipes import proxies, stage1, stage2, stage3, stages
 from training.recipes.proxies import ladder, mixture_search
 from training.recipes.stages import SCALES, Paths
 
@@ -117,6 +117,25 @@ def test_a_finished_stage_is_left_alone(three, data, monkeypatch):
     assert stages.run(stage1.stage(SCALE), SCALE, Paths(*data, out / "s1"), quiet=True) == found["s1"]
 
 
+@pytest.mark.parametrize("changed", ["scale.lr", "stage.tokens", "seed", "init", "shards", "factors"])
+def test_a_result_with_other_settings_is_refused(three, data, tmp_path, changed):
+    scale, paths, seed = SCALE, Paths(*data, three[1] / "s1"), 0
+    if changed == "scale.lr":
+        scale = dataclasses.replace(scale, lr=1e-3)
+    elif changed == "stage.tokens":
+        scale = dataclasses.replace(scale, tokens=(9_000, 4_000, 4_000))
+    elif changed == "seed":
+        seed = 1
+    elif changed == "shards":
+        (tmp_path / cells_module.FILE).write_text("{}")
+        paths = dataclasses.replace(paths, shards=tmp_path)
+    else:
+        (tmp_path / "search.json").write_text("{}")
+        paths = dataclasses.replace(paths, **{changed: tmp_path / "search.json"})
+    with pytest.raises(ValueError, match=rf"s1/result.json is of a run with other .*\b{changed}[,;]"):
+        stages.run(stage1.stage(scale), scale, paths, seed=seed, quiet=True)
+
+
 def test_factors_of_a_search_come_on_top(data, tmp_path):
     (tmp_path / "search.json").write_text(json.dumps({"factors": {"domain=code": 10.0, "domain=poetry": 3.0}}))
     s = dataclasses.replace(stage1.stage(SCALE), factors={"domain=code": 0.5})
@@ -127,9 +146,24 @@ def test_factors_of_a_search_come_on_top(data, tmp_path):
     assert ratio[1] == pytest.approx(5 * ratio[0]) and record["absent"] == ["domain=poetry"]
 
 
-def test_experts(data, tmp_path):
+@pytest.mark.parametrize("stage", [stage1.stage, stage3.stage])
+def test_the_record_has_the_real_passes(data, tmp_path, stage):
+    """Also where tokens or long documents are too few for ``max_epochs``."""
+    total = sum(cells_module.read(data[0]).values())
+    s = dataclasses.replace(stage(SCALE), tokens=10.0 * total)
+    found, record = stages.mixture(s, Paths(*data, tmp_path), 4.0)
+    found.write(tmp_path / "mixture.json")
+    mixed = open_loader(tmp_path / "mixture.json", seq_len=s.seq_len, rows=8, seed=0)
+    assert record["passes"] == pytest.approx(max(share * s.tokens / p.n_tokens for p, share in zip(mixed.parts, mixed.share)))
+    assert record["passes"] >= 10
+    fewer = stages.mixture(dataclasses.replace(s, tokens=total), Paths(*data, tmp_path), 4.0)[1]
+    assert fewer["passes"] == pytest.approx(record["passes"] / 10)
+
+
+def test_experts(data, tmp_path, capsys):
     scale = dataclasses.replace(SCALE, experts=4, experts_per_token=2, expert_width=32, tokens=(4000, 0, 0))
-    result = stages.run(stage1.stage(scale), scale, Paths(*data, tmp_path / "a"), quiet=True)
+    result = stages.run(stage1.stage(scale), scale, Paths(*data, tmp_path / "a"))
+    assert f"at most {result['mixture']['passes']:.1f} passes (max_epochs 4)" in " ".join(capsys.readouterr().out.split())
     assert result["held_out"]["loss"] < 5 and result["active"] < result["parameters"]
     several = dataclasses.replace(scale, micros=2)
     with pytest.raises(ValueError, match="2 micro-steps needs a loss_fn that balances the global batch"):
@@ -250,6 +284,16 @@ def test_the_search_finds_a_better_mixture_and_resumes(data, tmp_path):
     assert all(e["leave-one-out error"] < 0.5 * e["spread"] for e in errors.values())
 
 
+@pytest.mark.parametrize(
+    "changes, words", [({"seed": 1}, "seed, shares"), ({"settings": {"tokens": 2}}, "tokens"), ({"spread": 0.4}, "shares")], ids=str)
+def test_losses_of_another_search_are_refused(data, tmp_path, changes, words):
+    options = {"runs": 5, "out": tmp_path, "checks": 1, "quiet": True, "settings": {"tokens": 1}}
+    first = search(cells_module.read(data[0]), lambda name, share, seed: made_up_loss(share), **options)
+    with pytest.raises(ValueError, match=f"proxy-00.json is of a run with other .*{words};"):
+        search(cells_module.read(data[0]), None, **options | changes)
+    assert search(cells_module.read(data[0]), None, **options) == first
+
+
 def test_points_give_every_label_vector_a_weight():
     cells = {CODE: 900, WORDS: 300, HARD: 50}
     factors = Point({"code": 0.0, "news": 1.0, "reasoning": -1.0}, slope=0.2, evenness=0.5).factors(cells)
@@ -279,8 +323,28 @@ def test_real_proxies_and_a_real_ladder_run(data, tmp_path):
     options = {"sizes": ((32, 1), (64, 1)), "lengths": (1000, 2000, 4000), "rates": (5e-3, 2e-2), "batches": (128,), "seq_len": 32, "quiet": True}
     runs = ladder(*data, tmp_path / "ladder", **options)
     assert len(runs) == 12 and len({r.params for r in runs}) == 2 and ladder(*data, tmp_path / "ladder", **options) == runs
+    for changes, words in (({"seed": 1}, "seed"), ({"seq_len": 16}, "seq_len")):
+        with pytest.raises(ValueError, match=f"h32-l1-t1000-r0.005-b128.json is of a run with other {words};"):
+            ladder(*data, tmp_path / "ladder", **options | changes)
+    with pytest.raises(ValueError, match="proxy-00.json is of a run with other tokens;"):
+        mixture_search(*data, tmp_path / "search", runs=5, tokens=1600, hidden=32, layers=1, seq_len=32, batch_tokens=128, quiet=True)
     best = {n: min(r.loss for r in runs if r.tokens == n) for n in (1000, 4000)}
     assert best[4000] < best[1000]
+
+
+@pytest.mark.parametrize("at_the_end, words", [(False, "step 2: .* gradient norm nan"), (True, "held-out loss is nan")])
+def test_a_proxy_that_diverges_stops_the_run(data, tmp_path, monkeypatch, at_the_end, words):
+    if at_the_end:
+        def spoilt(config, *_, **__):
+            model = Qwen3(config).init_weights(0)
+            model.model.norm.weight.data.fill_(float("nan"))
+            return model
+
+        monkeypatch.setattr(proxies, "train_small", spoilt)
+    options = {"sizes": ((32, 1),), "lengths": (1024,), "rates": (1e38,), "batches": (128,), "seq_len": 32, "quiet": True}
+    with pytest.raises(FloatingPointError, match=words):
+        ladder(*data, tmp_path, **options)
+    assert [f.name for f in tmp_path.iterdir()] == ["mixture.json"], "no loss is kept"
 
 
 def test_options(capsys):

@@ -101,6 +101,16 @@ def test_incomplete_ones_are_passed_over(tmp_path, trained, damage):
         read(broken)
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_newer_one_does_not_cost_the_one_just_written(tmp_path, trained, keep):
+    model, optimizer = trained()
+    for step in range(4, 4 + keep):
+        (save(tmp_path, step, model, optimizer, {}, keep=keep) / "state.json").unlink()
+    assert save(tmp_path, 3, model, optimizer, {}, keep=keep).is_dir()
+    with pytest.warns(UserWarning, match="passed over"):
+        assert latest(tmp_path).step == 3
+
+
 def test_damaged_state_is_named(tmp_path, trained):
     model, optimizer = trained()
     path = save(tmp_path, 1, model, optimizer, {}) / "optimizer.safetensors"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import json
 import os
 import time
@@ -90,12 +91,15 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    return json.loads(response.read())["choices"][0]["message"]["content"]
+                    content = json.loads(response.read())["choices"][0]["message"]["content"]
+                if not isinstance(content, str):
+                    raise TypeError(f"content is {content!r}; expected text")
+                return content
             except urllib.error.HTTPError as e:
                 why = f"{e.code} {e.read()[:200]!r}"
                 if e.code not in (408, 429) and e.code < 500:  # asking again would not help
                     break
-            except (OSError, ValueError, LookupError, TypeError) as e:
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:
                 why = repr(e)
             if attempt < self.retries:
                 time.sleep(2.0**attempt)

@@ -29,6 +29,11 @@ class Part:
     min_tokens: int = 0
     max_tokens: int = 0
 
+    def tokens(self) -> int:
+        """Of these documents."""
+        lengths = TokenShards(self.path).lengths
+        return int(lengths[(lengths >= self.min_tokens) & (lengths <= (self.max_tokens or lengths.max()))].sum())
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -109,9 +114,9 @@ def of_cells(
     parts = []
     for cell, weight in sorted(share.items()):
         if weight >= least:
-            lengths = TokenShards(shards / "train" / cell.key).lengths
-            if lengths[(lengths >= min_tokens) & (lengths <= (max_tokens or lengths.max()))].sum() >= seq_len:
-                parts.append(Part((shards / "train" / cell.key).resolve(), weight, min_tokens, max_tokens))
+            part = Part((shards / "train" / cell.key).resolve(), weight, min_tokens, max_tokens)
+            if part.tokens() >= seq_len:
+                parts.append(part)
     if not parts:
         raise ValueError(
             f"{shards}: no cell with a weight holds {seq_len} tokens in documents of {min_tokens} to {max_tokens or 'any'} "

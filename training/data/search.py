@@ -12,7 +12,6 @@ out the languages. Together they give every label vector a weight.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from ..files import write_json
+from ..files import kept, write_json
 from . import cells as cells_module
 from .cells import Cell
 from .mixture import weights
@@ -111,7 +110,8 @@ class Ridge:
 def search(
     cells: Mapping[Cell, int], train_proxy: Callable[[str, Mapping[Cell, float], int], dict[str, float]], *, runs: int,
     out: Path, targets: Mapping[str, float] | None = None, spread: float = 0.8, candidates: int = 3000, top: int = 8,
-    checks: int = 2, total_tokens: float = 0, max_epochs: float = 4.0, seed: int = 0, quiet: bool = False,
+    checks: int = 2, total_tokens: float = 0, max_epochs: float = 4.0, seed: int = 0,
+    settings: Mapping[str, Any] = {}, quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs or resumes a search and returns what ``out / "search.json"`` holds.
 
@@ -120,6 +120,10 @@ def search(
             times. targets: weight per held-out loss in what is minimised; default: all domains alike.
         checks: seeds with which the best and the natural mixture are trained at the end.
         total_tokens, max_epochs: of the run that the mixture is for: no cell is to be read more often.
+        settings: of ``train_proxy``, all that its losses depend on; kept beside them.
+
+    Raises:
+        ValueError: losses in ``out`` are of another mixture, seed or settings; names the file and what differs.
     """
     rng = np.random.default_rng(seed)
     bounds = {"total_tokens": total_tokens, "max_epochs": max_epochs}
@@ -127,7 +131,13 @@ def search(
     points = [draw(cells, rng, spread) for _ in range(runs)]
     shares = [weights(cells, p.factors(cells), **bounds) for p in points]
     progress = {"description": "proxies", "console": Console(quiet=quiet), "disable": quiet or not Console().is_terminal}
-    measured = [_kept(out, f"proxy-{i:02d}", s, seed, train_proxy) for i, s in track(list(enumerate(shares)), **progress)]
+
+    def losses_of(name: str, share: Mapping[Cell, float], seed: int) -> dict[str, float]:
+        """A proxy's losses. Its shares are kept to 9 digits: those of the best mixture vary with the machine in the last."""
+        own = {"shares": {c.key: round(w, 9) for c, w in share.items()}, "seed": seed}
+        return kept(out / f"{name}.json", own | dict(settings), lambda: train_proxy(name, share, seed))
+
+    measured = [losses_of(f"proxy-{i:02d}", s, seed) for i, s in track(list(enumerate(shares)), **progress)]
     targets = dict(targets or {k: 1.0 for k in measured[0] if k.startswith("domain=")})
     names, weight = tuple(targets), np.array(list(targets.values())) / sum(targets.values())
     losses = np.array([[m[t] for t in names] for m in measured])
@@ -144,7 +154,7 @@ def search(
     chosen = weights(cells, best.factors(cells), **bounds)
     both = {"best": chosen, "natural": natural}
     check = {
-        name: [_kept(out, f"{name}-{s}", share, seed + 1 + s, train_proxy) for s in range(checks)]
+        name: [losses_of(f"{name}-{s}", share, seed + 1 + s) for s in range(checks)]
         for name, share in both.items()
     }
     score = {n: [float(np.array([m[t] for t in names]) @ weight) for m in runs_] for n, runs_ in check.items()}
@@ -163,16 +173,6 @@ def search(
     }
     write_json(out / "search.json", result)
     return result
-
-
-def _kept(
-    out: Path, name: str, share: Mapping[Cell, float], seed: int, train_proxy: Callable[..., dict[str, float]]
-) -> dict[str, float]:
-    """A proxy's losses, from disk where it has been trained before."""
-    file = out / f"{name}.json"
-    if not file.exists():
-        write_json(file, train_proxy(name, share, seed))
-    return json.loads(file.read_text())
 
 
 def shares_by(share: Mapping[Cell, float], label: str) -> dict[str, float]:

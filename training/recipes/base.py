@@ -25,7 +25,7 @@ from qwen3_model.tokenizer import Tokenizer, train_bpe
 from .. import environment, report, strict
 from ..config import DTYPES, Config, to_json
 from ..data.mixture import open_loader
-from ..files import write_json
+from ..files import kept, write_json
 from ..log import read_metrics
 from ..pretrain import next_token_loss, set_up, train_step
 from . import raw, stage1, stage2, stage3, stages
@@ -68,9 +68,8 @@ def run(base: Base, scale: Scale | None = None, *, quiet: bool = False) -> dict[
     device = Config(Path(), Path(), device=base.device).resolved().device
     if device == "cpu":
         torch.set_num_threads(1)  # this model's products are so small that two threads mostly wait for each other
-    same = json.dumps([to_json(base), to_json(scale)])
-    if (out / "plan.json").exists() and json.loads((out / "plan.json").read_text())["options"] != same:
-        raise ValueError(f"{out} holds a run with other options; choose another out folder or remove it")
+    options = to_json(base) | {f"scale.{k}": v for k, v in to_json(scale).items()}
+    kept(out / "options.json", options, lambda: None)  # before anything is made of them
     clock = Stages(console)
 
     clock("Raw files and tokenizer")
@@ -80,7 +79,7 @@ def run(base: Base, scale: Scale | None = None, *, quiet: bool = False) -> dict[
     clock("Speed of the first steps")
     if not (out / "plan.json").exists():
         tokens = (base.tokens, base.tokens / 2, base.tokens / 2) if base.tokens else plan(base, scale, out, device, console)
-        write_json(out / "plan.json", {"options": same, "tokens": tokens})
+        write_json(out / "plan.json", {"tokens": tokens})
     scale = dataclasses.replace(scale, tokens=tuple(json.loads((out / "plan.json").read_text())["tokens"]))
     results: dict[str, Any] = {"stages": {}}
     previous = None

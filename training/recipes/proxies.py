@@ -8,7 +8,7 @@ Both go on where they were stopped: a model's losses are on disk when it is done
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,8 +28,9 @@ from ..data import cells as cells_module
 from ..data.cells import Cell
 from ..data.mixture import Mixture, of_cells, open_loader, weights
 from ..data.search import search, shares_by
+from ..environment import file_sha256
 from ..evaluation import HeldOut
-from ..files import write_json
+from ..files import kept, write_json
 from ..optim import Optimizer, lr_scale
 from ..pretrain import next_token_loss, train_step
 
@@ -48,15 +49,31 @@ def train_small(
     config: Qwen3Config, data: Path, *, tokens: float, batch_tokens: int, seq_len: int, lr: float, seed: int = 0,
     device: str = "cpu",
 ) -> Qwen3:
-    """Muon, WSD with a decay over the last half, no checkpoints."""
+    """Muon, WSD with a decay over the last half, no checkpoints. Raises FloatingPointError when loss or gradient norm is
+    not finite."""
     loader = open_loader(data, seq_len=seq_len, rows=batch_tokens // seq_len, seed=seed)
     model = Qwen3(config).init_weights(seed).to(device).train()
     optimizer = Optimizer(model, kind="muon", seed=seed)
     steps = max(4, round(tokens / batch_tokens))
     for step in range(steps):
         rate = lr * lr_scale(step, total=steps, warmup=steps // 10, decay=steps // 2)
-        train_step(model, optimizer, [loader.batch(step)], next_token_loss, lr=rate, max_grad_norm=1.0)
+        loss, norm, _ = train_step(model, optimizer, [loader.batch(step)], next_token_loss, lr=rate, max_grad_norm=1.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise FloatingPointError(f"step {step + 1}: loss is {loss.item()}, gradient norm {norm.item()}; peak lr {lr:g}")
     return model.eval()
+
+
+def _measure(held: HeldOut, model: Qwen3) -> dict[str, float]:
+    """Held-out losses. Raises FloatingPointError when they are not finite."""
+    losses = held(model)
+    if not math.isfinite(losses["loss"]):
+        raise FloatingPointError(f"held-out loss is {losses['loss']} after the last step")
+    return losses
+
+
+def _data(shards: Path, tokenizer: Path) -> dict[str, str]:
+    """What tells the data of a run from others."""
+    return {"shards": file_sha256(shards / cells_module.FILE), "tokenizer": file_sha256(tokenizer)}
 
 
 def mixture_search(
@@ -67,14 +84,17 @@ def mixture_search(
     vocabulary, cells = Tokenizer.from_file(tokenizer), cells_module.read(shards)
     config = small(vocabulary, hidden=hidden, layers=layers, seq_len=seq_len)
     held = HeldOut(shards, seq_len=seq_len, rows=16, max_tokens=1024)
+    options = {"tokens": tokens, "batch_tokens": batch_tokens, "seq_len": seq_len, "lr": lr}
 
     def train_proxy(name: str, share: Mapping[Cell, float], run_seed: int) -> dict[str, float]:
         file = out / f"{name}.mixture.json"
         Mixture(of_cells(shards, share, seq_len=seq_len, least=5e-4)).write(file)
-        options = {"tokens": tokens, "batch_tokens": batch_tokens, "seq_len": seq_len, "lr": lr, "seed": run_seed}
-        return held(train_small(config, file, **options))
+        return _measure(held, train_small(config, file, seed=run_seed, **options))
 
-    result = search(cells, train_proxy, runs=runs, out=out, total_tokens=run_tokens, seed=seed, quiet=quiet)
+    settings = options | {"hidden": hidden, "layers": layers} | _data(shards, tokenizer)
+    result = search(
+        cells, train_proxy, runs=runs, out=out, total_tokens=run_tokens, seed=seed, settings=settings, quiet=quiet
+    )
     console = Console(quiet=quiet, highlight=False, soft_wrap=True)
     table = Table("share of", "natural", "best", box=None, pad_edge=False)
     by = [shares_by({Cell.parse(k): w for k, w in result["shares"][n].items()}, "domain") for n in ("natural", "best")]
@@ -97,8 +117,9 @@ def ladder(
     shards: Path, tokenizer: Path, out: Path, *, sizes: Sequence[tuple[int, int]] = SIZES, lengths: Sequence[float] = LENGTHS,
     rates: Sequence[float] = RATES, batches: Sequence[int] = BATCHES, seq_len: int = 128, seed: int = 0, quiet: bool = False,
 ) -> list[scaling.Run]:
-    """Trains a model per size, length and rate on the natural mixture. Each rung's size is that without embeddings."""
-    vocabulary = Tokenizer.from_file(tokenizer)
+    """Trains or resumes a model per size, length and rate on the natural mixture. Each rung's size is that without
+    embeddings. Raises ValueError when a loss in ``out`` is of another seed, row length or data."""
+    vocabulary, data = Tokenizer.from_file(tokenizer), _data(shards, tokenizer)
     mixture = out / "mixture.json"
     Mixture(of_cells(shards, weights(cells_module.read(shards)), seq_len=seq_len)).write(mixture)
     held = HeldOut(shards, seq_len=seq_len, rows=16, max_tokens=2048)
@@ -107,13 +128,11 @@ def ladder(
     plan += [(sizes[len(sizes) // 2], lengths[len(lengths) // 2], r, b) for b in batches if b != middle for r in rates]
     runs, console = [], Console(quiet=quiet)
     for (hidden, layers), tokens, lr, batch in track(plan, "ladder", console=console, disable=quiet or not console.is_terminal):
+        config = small(vocabulary, hidden=hidden, layers=layers, seq_len=seq_len)
+        options = {"tokens": tokens, "batch_tokens": batch, "seq_len": seq_len, "lr": lr, "seed": seed}
         file = out / f"h{hidden}-l{layers}-t{tokens:.0f}-r{lr:g}-b{batch}.json"
-        if not file.exists():
-            config = small(vocabulary, hidden=hidden, layers=layers, seq_len=seq_len)
-            model = train_small(config, mixture, tokens=tokens, batch_tokens=batch, seq_len=seq_len, lr=lr, seed=seed)
-            run = scaling.Run(config.num_params(embeddings=False), tokens, held(model)["loss"], lr, batch)
-            write_json(file, asdict(run))
-        runs.append(scaling.Run(**json.loads(file.read_text())))
+        loss = kept(file, options | data, lambda: _measure(held, train_small(config, mixture, **options))["loss"])
+        runs.append(scaling.Run(config.num_params(embeddings=False), tokens, loss, lr, batch))
     return runs
 
 
@@ -167,7 +186,7 @@ def main(args: Sequence[str] | None = None) -> None:
     commands: dict[str, Callable[..., None]] = {"search": search_, "ladder": ladder_}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="python -m training.recipes.proxies", description=__doc__)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         raise SystemExit(f"error: {e}") from e
 
 

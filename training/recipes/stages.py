@@ -26,13 +26,14 @@ from qwen3_model.moe import load_balancing_loss
 from qwen3_model.tokenizer import Tokenizer
 
 from .. import probes
-from ..config import Config
+from ..config import Config, to_json
 from ..data import cells as cells_module
 from ..data.mixture import Mixture, of_cells, weights
 from ..data.packing import IGNORE, Batch
 from ..data.shards import TokenShards
+from ..environment import file_sha256
 from ..evaluation import HeldOut
-from ..files import write_json
+from ..files import check_settings, write_json
 from ..pretrain import LossFn, train
 from .demo import export
 
@@ -135,7 +136,8 @@ class Paths:
 
 
 def mixture(stage: Stage, paths: Paths, max_epochs: float) -> tuple[Mixture, dict[str, Any]]:
-    """The stage's mixture, and a record: shares by domain, and factors for labels that the data do not have."""
+    """The stage's mixture, and a record: shares by domain, the most passes over a part, which are more than ``max_epochs``
+    where the data are too few or the context is long, and factors for labels that the data do not have."""
     cells = cells_module.read(paths.shards)
     found = json.loads(paths.factors.read_text())["factors"] if paths.factors else {}
     known = {f"{name}={getattr(c, name)}" for c in cells for name in cells_module.LABELS}
@@ -156,8 +158,9 @@ def mixture(stage: Stage, paths: Paths, max_epochs: float) -> tuple[Mixture, dic
     for p in parts:
         domain = cells_module.Cell.parse(p.path.name).domain
         domains[domain] = domains.get(domain, 0.0) + p.weight
+    passes = max(p.weight * stage.tokens / p.tokens() for p in parts)
     absent = sorted(names - known)
-    return Mixture(parts), {"domains": domains, "parts": len(parts), "absent": absent}
+    return Mixture(parts), {"domains": domains, "parts": len(parts), "passes": passes, "absent": absent}
 
 
 def moe_loss(model: Qwen3, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
@@ -187,16 +190,27 @@ def config_of(stage: Stage, scale: Scale, paths: Paths, *, seed: int, device: st
     )
 
 
+def settings_of(stage: Stage, scale: Scale, paths: Paths, seed: int) -> dict[str, Any]:
+    """What tells a stage's result from others; of files their content, of the model to start from its folder's name."""
+    own = {f"{kind}.{k}": v for kind, x in (("stage", stage), ("scale", scale)) for k, v in to_json(x).items()}
+    return own | {
+        "seed": seed, "init": str(paths.init), "factors": file_sha256(paths.factors) if paths.factors else None,
+        "shards": file_sha256(paths.shards / cells_module.FILE), "tokenizer": file_sha256(paths.tokenizer),
+    }
+
+
 def run(
     stage: Stage, scale: Scale, paths: Paths, *, seed: int = 0, device: str = "auto", loss_fn: LossFn | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Runs or resumes a stage and returns what ``result.json`` holds.
+    """Runs or resumes a stage and returns what ``result.json`` holds. Raises ValueError when that is of another stage,
+    scale, seed, init, factors or data.
 
     ``loss_fn``: for experts over several micro-steps or devices, where the balance is of the global batch.
     """
-    done = paths.out / "result.json"
+    done, settings = paths.out / "result.json", settings_of(stage, scale, paths, seed)
     if done.exists():
+        check_settings(done, settings)
         return json.loads(done.read_text())
     tokenizer = Tokenizer.from_file(paths.tokenizer)
     if paths.init is not None:
@@ -216,7 +230,8 @@ def run(
     mixed.write(config.data)
     console = Console(quiet=quiet, highlight=False, soft_wrap=True)
     shown = ", ".join(f"{d} {100 * w:.0f} %" for d, w in sorted(record["domains"].items(), key=lambda kv: -kv[1]))
-    console.print(f"{stage.name}: {stage.title}; {stage.tokens:,.0f} tokens in rows of {stage.seq_len:,}; {shown}", markup=False)
+    console.print(f"{stage.name}: {stage.title}; {stage.tokens:,.0f} tokens in rows of {stage.seq_len:,}; {shown}; "
+                  f"at most {record['passes']:.1f} passes (max_epochs {scale.max_epochs:g})", markup=False)
     rows = max(1, 4096 // stage.seq_len)
     held = HeldOut(paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=scale.eval_tokens)
     final = train(config, model_config=model_config, loss_fn=loss_fn, eval_fn=held, quiet=quiet)
@@ -224,7 +239,7 @@ def run(
     model = load.load(final, device=config.resolved().device)
     export(model, paths.tokenizer, paths.out / "model")
     result = {
-        "stage": asdict(stage), "mixture": record, "steps": config.steps, "parameters": model_config.num_params(),
+        "settings": settings, "stage": asdict(stage), "mixture": record, "steps": config.steps, "parameters": model_config.num_params(),
         "active": model_config.num_params(active=True),
         "held_out": HeldOut(paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=8 * scale.eval_tokens)(model),
     }
