@@ -66,6 +66,8 @@ def test_it_runs_python():
     assert failed.status == "error" and "IndexError" in failed.text and "line 2" in failed.text
     assert "SyntaxError" in sandbox.run("def").text
     assert sandbox.run("open('note', 'w').write('kept'); print(open('note').read())").text == "kept"
+    moved = "import os; os.mkdir('d'); os.chdir('d'); open('a', 'w').write('kept'); os.rename('a', '../b'); print(open('../b').read())"
+    assert sandbox.run(moved).text == "kept", "it may move inside its folder"
 
 
 def test_deadline():
@@ -79,6 +81,12 @@ def test_deadline():
     "import os; os.fork()", "open('/tmp/qwen3-escape', 'w')", "import os; os.open('../x', os.O_CREAT | os.O_WRONLY)",
     "import os; os.kill(1, 0)", "import ctypes; ctypes.CDLL(None)", "import os; os.remove('/tmp/nothing')",
     "import sys; sys.modules['os'].execv('/bin/true', ['true'])", "import os; os.symlink('/etc', 'e')",
+    "import os; os.chdir('/tmp'); open('qwen3-escape', 'w')", "import os; os.chdir('/tmp'); os.mkdir('qwen3-escape')",
+    "import os; open('a', 'w').close(); os.rename('a', '/tmp/qwen3-escape')",
+    "import os; open('a', 'w').close(); os.replace('a', '/tmp/qwen3-escape')",
+    "import os; os.open('qwen3-escape', os.O_CREAT | os.O_WRONLY, dir_fd=os.open('/tmp', 0))",
+    "import os; os.mkdir('qwen3-escape', dir_fd=os.open('/tmp', os.O_PATH))",
+    "import sqlite3; sqlite3.connect('/tmp/qwen3-escape').execute('create table t (x)')",
 ])
 def test_what_it_refuses(code):
     out = sandbox.run(code)
