@@ -1,12 +1,15 @@
 """Scorers and tools that hang, crash or try to get out."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from training.rewards import sandbox
-from training.rewards.workers import Pool
+from training.rewards.workers import ROOT, Pool
 
 PYTHON = "builtins:eval"
 
@@ -46,6 +49,30 @@ def test_no_process_is_left(pool):
     pids = [w.process.pid for w in pool._idle]
     pool.close()
     assert pids and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_a_hung_worker_dies_with_its_trainer(tmp_path):
+    file = tmp_path / "pid"
+    hang = f"[open({str(file)!r}, 'w').write(str(__import__('os').getpid())), __import__('time').sleep(60)]"
+    code = (f"from training.rewards.workers import Pool\n"
+            f"Pool([{PYTHON!r}], workers=1, deadline=60.0).map({PYTHON!r}, [({hang!r},)])")
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+
+    def wait(until):
+        end = time.monotonic() + 20
+        while not until() and time.monotonic() < end:
+            time.sleep(0.05)
+        return until()
+
+    try:
+        assert wait(lambda: file.exists() and file.read_text()), "the worker hangs"
+    finally:
+        trainer.kill()
+        trainer.wait()
+    stat = Path(f"/proc/{file.read_text()}/stat")
+    gone = lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"  # noqa: E731
+    assert wait(gone), "the worker is killed"
 
 
 def test_bad_pools():

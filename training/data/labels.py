@@ -150,9 +150,15 @@ class Judge:
         found = re.search(r"\{.*\}", answer, re.DOTALL)
         try:
             raw = json.loads(found[0]) if found else {}
-            return {name: clean(name, raw[name]) for name in LABELS if name in raw}
         except ValueError:
-            return {}  # Label counts it as unknown
+            return {}
+        labels = {}
+        for name in raw.keys() & set(LABELS):
+            try:
+                labels[name] = clean(name, raw[name])
+            except ValueError:  # Label counts it as unknown; the others stand: an unsafe document is to go
+                pass
+        return labels
 
 
 class Label(BaseFilter):
