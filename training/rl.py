@@ -35,7 +35,7 @@ from .rewards import EMPTY_BLOCK, Family, Problem, Reply, format_gate, mixed_see
 from .rewards.families import MAKERS, SCORERS, make
 from .rewards.workers import Pool
 from .rollout import Request, Roller, Rollout
-from .samples import Sample, packs
+from .samples import Packed, Sample, packs
 
 MAX_TILT = 0.9
 WINDOW = 4  # steps that a level's mean reward is taken over
@@ -282,8 +282,8 @@ def tilt_advantage(value: float, tilt: float) -> float:
 def learn(
     run: Run, episodes: Sequence[Episode], config: RLConfig, step: int, *, tilt: float = 0.0,
 ) -> dict[str, float]:
-    """The updates of a step. Statistics are those of the mini-batches' mean, but ``max_gap`` that of the first, which is
-    taken with the weights that sampled."""
+    """The updates of a step. Statistics are those of the mini-batches' mean, but ``max_gap`` is taken with the weights that
+    sampled: that of the first, or with ``correction`` that of all, as `corrected` finds it."""
     loss = config.loss()
     groups: dict[int, list[Episode]] = defaultdict(list)
     for e in episodes:
@@ -303,23 +303,29 @@ def learn(
         weights = [token_weight(loss.average, length=n, lengths=lengths, max_length=config.max_tokens) for n in lengths]
         samples = [e.sample(a, w) for (e, a), w in zip(part, weights)]
         batches.append(packs(samples, config.tokens_per_pack))
+    gaps = []
     if loss.correction:
-        batches = [[corrected(run.model, packed, loss) for packed in batch] for batch in batches]
+        for batch in batches:
+            for i, packed in enumerate(batch):
+                batch[i], gap = corrected(run.model, packed, loss)
+                gaps.append(gap)
     stats = [run.update(batch, loss, config.lr_at(step)) for batch in batches]
     found |= {name: statistics.fmean(s[name] for s in stats) for name in stats[0] if name != "max_gap"}
-    return found | {"max_gap": stats[0]["max_gap"]}
+    return found | {"max_gap": max(gaps) if gaps else stats[0]["max_gap"]}
 
 
 @torch.no_grad()
-def corrected(model: Qwen3, packed: Any, loss: PolicyGradient) -> Any:
-    """With the trainer's own log-probabilities in place of the sampler's, and their bounded ratio in the weights."""
+def corrected(model: Qwen3, packed: Packed, loss: PolicyGradient) -> tuple[Packed, float]:
+    """With the trainer's own log-probabilities in place of the sampler's, and their bounded ratio in the weights; and the
+    max |d log p| of the two."""
     device = model.head_weight.device
     packed = packed.to(device)
     logp = -linear_cross_entropy(
         packed.hidden(model), model.head_weight, packed.targets, temperature=loss.temperature, reduction="none"
     )
-    ratio = (logp - packed.logprobs).exp().clamp(max=loss.correction)
-    return dataclasses.replace(packed, logprobs=logp, weights=packed.weights * ratio)
+    apart = logp - packed.logprobs
+    ratio = apart.exp().clamp(max=loss.correction)
+    return dataclasses.replace(packed, logprobs=logp, weights=packed.weights * ratio), apart.abs().max().item()
 
 
 def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None, quiet: bool = False) -> Path:

@@ -335,13 +335,21 @@ def test_correction_puts_the_trainers_probabilities_in_place(model):
 
     tokens = [5, 6, 7, 8]
     packed = pack([Sample(tokens, [0, 1, 1, 1], [1.0] * 4, [0, -50.0, -1e-3, -3.0])])
-    fixed = rl.corrected(model, packed, preset("dapo", correction=2.0))
+    fixed, gap = rl.corrected(model, packed, preset("dapo", correction=2.0))
     with torch.no_grad():
         want = model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     torch.testing.assert_close(fixed.logprobs, want, rtol=1e-4, atol=1e-4)
     ratio = (want - packed.logprobs).exp()
     torch.testing.assert_close(fixed.weights, ratio.clamp(max=2.0), rtol=1e-3, atol=1e-5)
     assert fixed.weights[0] == 2.0 and fixed.weights[1] < 0.1
+    assert gap == pytest.approx((want - packed.logprobs).abs().max().item(), rel=1e-4)
+
+
+def test_correction_does_not_hide_the_gap(config, model):
+    members = episodes([[1, 0], [0, 1]])
+    members[1].logprobs = [p - 5.0 for p in members[1].logprobs]
+    found = learn(Recorder(model), members, config(mini_batches=2, correction=2.0), 0)
+    assert found["max_gap"] > 1
 
 
 def test_summary():
