@@ -8,8 +8,8 @@ started again ends in the same weights, bit for bit, on the same machine with th
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from qwen3_model.tokenizer import Tokenizer
 
 from . import checkpoint, environment, lora
 from .config import DTYPES, Config, to_json
+from .files import write_json
 from .log import Log
 from .losses import LossFn
 from .optim import OPTIMIZERS, SCHEDULES, STATES, Optimizer, lr_scale
@@ -182,7 +183,7 @@ def train(
             if resumed.step == config.steps and final.is_dir():
                 return final
         record = identity | {"environment": environment.describe(config.device, DTYPES[config.dtype])}
-        (config.out / "run.json").write_text(json.dumps(record, indent=1))
+        write_json(config.out / "run.json", record)
         done = resumed.step if resumed else 0
         with Log(config.out, steps=config.steps, done=done, quiet=quiet, tensorboard=config.tensorboard) as log:
             run = Run(config, log, resumed)
@@ -204,7 +205,11 @@ def train(
                         config.out / "checkpoints", step + 1, run.model, run.optimizer, identity | {"state": run.state},
                         keep=config.keep, save_model=lora.save if config.lora_rank else None,
                     )
-            run.save_model(final)
+            tmp = config.out / ".model.tmp"  # a folder of the final name is taken for finished
+            shutil.rmtree(tmp, ignore_errors=True)
+            run.save_model(tmp)
+            shutil.rmtree(final, ignore_errors=True)
+            tmp.rename(final)
     return final
 
 
