@@ -76,6 +76,11 @@ class TrainConfig:
             require(getattr(self, name) in known, name, repr(getattr(self, name)), f"one of {known}")
         self.lr_at(0)
 
+    def require_pack(self, tokens: int, what: str) -> None:
+        """Raises ValueError when a sample of ``tokens``, the last of which is no input, does not fit into a pack."""
+        wanted = f"at least {tokens - 1}, one less than {what}: a sample is not split"
+        require(self.tokens_per_pack >= tokens - 1, "tokens_per_pack", self.tokens_per_pack, wanted)
+
     def lr_at(self, step: int) -> float:
         """Learning rate of a step in [0, steps)."""
         warmup = min(self.warmup, self.steps)

@@ -74,6 +74,7 @@ class RLConfig(TrainConfig):
         for name in ("groups", "mini_batches", "max_tokens", "max_prompt", "slots", "probe_groups", "workers",
                      "eval_problems"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        self.require_pack(self.max_prompt + self.max_tokens, "max_prompt + max_tokens")
         require(self.group_size >= 2, "group_size", self.group_size, "at least 2, to compare within a group")
         require(self.algorithm in PRESETS, "algorithm", repr(self.algorithm), f"one of {tuple(PRESETS)}")
         unknown = [f for f in self.families if f not in MAKERS]

@@ -361,6 +361,7 @@ def test_summary():
     ({"families": ()}, "families is"), ({"families": ("nope",)}, r"families is \['nope'\]"), ({"group_size": 1}, "group_size is 1"),
     ({"shares": (1.0, 2.0)}, "shares is"), ({"pass_band": (0.9, 0.1)}, "pass_band is"), ({"entropy_band": (0.5, 0.5)}, "entropy_band"),
     ({"algorithm": "ppo"}, "algorithm is 'ppo'"), ({"raise_at": 2.0}, "raise_at is 2"), ({"clip_low": 3.0}, "clip_low is 3"),
+    ({"max_prompt": 90, "max_tokens": 60, "tokens_per_pack": 148}, "tokens_per_pack is 148; expected at least 149, one less"),
     ({"deadline": 0.0}, "deadline is 0"), ({"level": -1}, "level is -1"), ({"lr": math.nan}, "lr is nan"),
 ])
 def test_bad_settings(config, changes, words):

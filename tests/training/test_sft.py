@@ -209,5 +209,8 @@ def test_bad_data_is_named(config, tmp_path):
         fine_tune(config(max_tokens=5), quiet=True)
     with pytest.raises(ValueError, match="rows is 0"):
         config(rows=0)
+    with pytest.raises(ValueError, match="tokens_per_pack is 98; expected at least 99, one less than max_tokens"):
+        config(max_tokens=100, tokens_per_pack=98)
+    config(max_tokens=100, tokens_per_pack=99)
     with pytest.raises(ValueError, match="lr is -1"):
         config(lr=-1)
