@@ -31,7 +31,7 @@ from qwen3_model.tokenizer import Tokenizer
 
 from .core import Run, TrainConfig, command, require, train
 from .losses import PRESETS, PolicyGradient, advantages, preset, token_weight
-from .rewards import EMPTY_BLOCK, Family, Problem, Reply, format_gate, mixed_seed, rng_of
+from .rewards import EMPTY_BLOCK, Family, Problem, Reply, find, format_gate, mixed_seed, rng_of
 from .rewards.families import MAKERS, SCORERS, make
 from .rewards.workers import Pool
 from .rollout import Request, Roller, Rollout
@@ -64,7 +64,7 @@ class RLConfig(TrainConfig):
     level: int = 0  # level that every family starts at
     raise_at: float = 0.6  # mean reward at the level above which the next one is tried
     easy_share: float = 0.3  # share of problems from the levels below
-    eval_every: int = 0  # steps between evaluations on held-out problems; 0 for none
+    eval_every: int = 0  # steps between evaluations on held-out problems of the first level; 0 for none
     eval_problems: int = 64  # per family
     workers: int = 2  # scorer processes
     deadline: float = 5.0  # seconds for one score
@@ -223,7 +223,8 @@ def summary(episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def draw(config: RLConfig, families: Mapping[str, Family], levels: Mapping[str, int], step: int) -> list[Problem]:
-    """The problems of a step: families by their shares, levels at the frontier or, for ``easy_share``, below it."""
+    """The problems of a step: families by their shares, levels at the frontier or, for ``easy_share``, below it.
+    None is a held-out one (`rewards.reserved`)."""
     problems = []
     for group in range(config.groups):
         rng = rng_of(config.seed, "draw", step, group)
@@ -231,14 +232,15 @@ def draw(config: RLConfig, families: Mapping[str, Family], levels: Mapping[str, 
         level = levels[name]
         if level and rng.random() < config.easy_share:
             level = rng.randrange(level)
-        problems.append(families[name].problem(mixed_seed(config.seed, "problem", step, group), level))
+        problems.append(find(families[name], mixed_seed(config.seed, "problem", step, group), level))
     return problems
 
 
 def held_out(families: Mapping[str, Family], levels: Mapping[str, int] | int, count: int, seed: int = 0) -> list[Problem]:
-    """Problems that no training step draws: their seeds are functions of another name."""
+    """Problems that no training step draws (`rewards.reserved`); where a level has few, some of them more than once.
+    ValueError where it has none."""
     return [
-        family.problem(mixed_seed("held out", seed, name, i), levels if isinstance(levels, int) else levels[name])
+        find(family, mixed_seed("held out", seed, name, i), levels if isinstance(levels, int) else levels[name], held_out=True)
         for name, family in families.items() for i in range(count)
     ]
 
@@ -339,10 +341,11 @@ def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None,
         families = families or make(config.families, pool)
         options = {"temperature": config.temperature, "max_tokens": config.max_tokens, "max_prompt": config.max_prompt,
                    "slots": config.slots}
+        first = {n: min(config.level, f.max_level) for n, f in families.items()}
+        kept = held_out(families, first, config.eval_problems) if config.eval_every else []
 
         def begin(run: Run) -> None:
-            run.state = {"levels": {n: min(config.level, f.max_level) for n, f in families.items()}, "recent": {},
-                         "tilt": 0.0}
+            run.state = {"levels": first, "recent": {}, "tilt": 0.0}
             probe = dataclasses.replace(config, groups=config.probe_groups)
             episodes = play(run.model, run.tokenizer, families, draw(probe, families, run.state["levels"], -1),
                             repeats=config.group_size, seed=mixed_seed(config.seed, "probe"), **options)
@@ -367,18 +370,20 @@ def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None,
                 "tilt": tilted(tilt, found["sampled_entropy"], config.entropy_band),
             }
             if config.eval_every and ((n + 1) % config.eval_every == 0 or n + 1 == config.steps):
-                run.log.write("eval", n + 1, evaluate(run.model, run.tokenizer, families, config))
+                run.log.write("eval", n + 1, evaluate(run.model, run.tokenizer, families, kept, config))
             return metrics
 
         return train(config, step, begin=begin, quiet=quiet)
 
 
-def evaluate(model: Qwen3, tokenizer: Tokenizer, families: Mapping[str, Family], config: RLConfig) -> dict[str, float]:
-    """Held-out problems of the level that the run started at, one sample each: {"family/reward", "/format", "/length"}."""
+def evaluate(
+    model: Qwen3, tokenizer: Tokenizer, families: Mapping[str, Family], problems: Sequence[Problem], config: RLConfig,
+) -> dict[str, float]:
+    """One sample of each problem: {"family/reward", "/format", "/length"}."""
     found = {}
     for name, family in families.items():
-        problems = held_out({name: family}, min(config.level, family.max_level), config.eval_problems)
-        episodes = play(model, tokenizer, families, problems, repeats=1, seed=mixed_seed("evaluate"),
+        own = [p for p in problems if p.family == family.name]
+        episodes = play(model, tokenizer, families, own, repeats=1, seed=mixed_seed("evaluate"),
                         temperature=config.temperature, max_tokens=config.max_tokens, max_prompt=config.max_prompt,
                         slots=config.slots)
         found |= {f"{name}/{k}": v for k, v in summary(episodes).items() if k in ("reward", "format", "length")}

@@ -273,8 +273,30 @@ def test_the_mix_keeps_easier_levels(config):
     assert draw(cfg, {"chain": Length()}, {"chain": 2}, 5) == draw(cfg, {"chain": Length()}, {"chain": 2}, 5)
     from training.rewards.chains import Chain
 
-    trained = {p.messages[0]["content"] for s in range(5) for p in draw(cfg, {"chain": Chain()}, {"chain": 5}, s)}
-    assert not trained & {p.messages[0]["content"] for p in held_out({"chain": Chain()}, 5, 100)}
+    trained = {p.data["chain"] for s in range(15) for p in draw(cfg, {"chain": Chain()}, {"chain": 0}, s)}
+    modes = {f.name: f for f in map(Chain, ("", "/think", "/no_think"))}
+    assert len(trained) > 1200, "nearly all of the 1,500 of two numbers, less one in 16"
+    assert not trained & {p.data["chain"] for p in held_out(modes, 0, 100)}, "in no mode"
+    with pytest.raises(ValueError, match="tool, level 0: none of 400 draws is a problem held out"):
+        held_out({"tool": Tool()}, 0, 1)
+
+
+def test_evaluation_is_of_held_out_problems(config, ungated, monkeypatch):
+    from training.rewards import reserved
+    from training.rewards.chains import Chain
+
+    seen, real = {}, rl.play  # by the conversations per problem: one in evaluations
+
+    def spy(model, tokenizer, families, problems, **options):
+        seen.setdefault(options["repeats"], []).extend(problems)
+        return real(model, tokenizer, families, problems, **options)
+
+    monkeypatch.setattr(rl, "play", spy)
+    cfg = config(eval_every=2, eval_problems=5)
+    reinforce(cfg, families={"chain": Chain()}, quiet=True)
+    records = [r for r in read_metrics(cfg.out) if r["kind"] == "eval"]
+    assert [r["step"] for r in records] == [2, 4] and all("chain/reward" in r for r in records)
+    assert len(seen[1]) == 10 and all(map(reserved, seen[1])) and not any(map(reserved, seen[cfg.group_size]))
 
 
 def test_shares(config):
