@@ -42,53 +42,64 @@ WINDOW = 4  # steps that a level's mean reward is taken over
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig(TrainConfig):
+class RolloutConfig(TrainConfig):
+    """What every stage has that trains on its own samples: `draw` and `play`."""
+
     families: tuple[str, ...]  # names of rewards.families
     shares: tuple[float, ...] = ()  # of each family in the mix; () for equal ones
     groups: int = 32  # problems per step
     group_size: int = 8  # conversations per problem
     mini_batches: int = 2  # updates per step
-    algorithm: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce"] = "dapo"
-    clip_low: float | None = None  # in place of the algorithm's own
-    clip_high: float | None = None
-    correction: float = 0.0  # bound of the importance weight of trainer over sampler; 0 trusts them to be equal
     temperature: float = 1.0
     max_tokens: int = 512  # of a conversation beyond its prompt
     max_prompt: int = 512
     slots: int = 64  # conversations decoded at once
-    replay_routing: bool = True  # mixtures of experts: the trainer takes the experts that the sampler took
-    skip_truncated: bool = False  # do not learn from conversations that ran out of tokens
-    pass_band: tuple[float, float] = (0.05, 0.95)  # sampled pass rates to start from
-    probe_groups: int = 32
-    entropy_band: tuple[float, float] = (0.0, math.inf)  # nats per token
     level: int = 0  # level that every family starts at
-    raise_at: float = 0.6  # mean reward at the level above which the next one is tried
     easy_share: float = 0.3  # share of problems from the levels below
-    eval_every: int = 0  # steps between evaluations on held-out problems of the first level; 0 for none
-    eval_problems: int = 64  # per family
     workers: int = 2  # scorer processes
     deadline: float = 5.0  # seconds for one score
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("groups", "mini_batches", "max_tokens", "max_prompt", "slots", "probe_groups", "workers",
-                     "eval_problems"):
+        for name in ("groups", "group_size", "mini_batches", "max_tokens", "max_prompt", "slots", "workers"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         self.require_pack(self.max_prompt + self.max_tokens, "max_prompt + max_tokens")
-        require(self.group_size >= 2, "group_size", self.group_size, "at least 2, to compare within a group")
-        require(self.algorithm in PRESETS, "algorithm", repr(self.algorithm), f"one of {tuple(PRESETS)}")
         unknown = [f for f in self.families if f not in MAKERS]
         require(bool(self.families) and not unknown, "families", unknown or self.families, f"some of {tuple(MAKERS)}")
         right = not self.shares or (len(self.shares) == len(self.families) and all(s > 0 for s in self.shares))
         require(right, "shares", self.shares, f"{len(self.families)} positive numbers, one per family, or none")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(self.level >= 0, "level", self.level, "at least 0")
+        require(0 <= self.easy_share <= 1, "easy_share", self.easy_share, "a share in [0, 1]")
+        require(self.deadline > 0, "deadline", self.deadline, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig(RolloutConfig):
+    algorithm: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce"] = "dapo"
+    clip_low: float | None = None  # in place of the algorithm's own
+    clip_high: float | None = None
+    correction: float = 0.0  # bound of the importance weight of trainer over sampler; 0 trusts them to be equal
+    replay_routing: bool = True  # mixtures of experts: the trainer takes the experts that the sampler took
+    skip_truncated: bool = False  # do not learn from conversations that ran out of tokens
+    pass_band: tuple[float, float] = (0.05, 0.95)  # sampled pass rates to start from
+    probe_groups: int = 32
+    entropy_band: tuple[float, float] = (0.0, math.inf)  # nats per token
+    raise_at: float = 0.6  # mean reward at the level above which the next one is tried
+    eval_every: int = 0  # steps between evaluations on held-out problems of the first level; 0 for none
+    eval_problems: int = 64  # per family
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("probe_groups", "eval_problems"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.group_size >= 2, "group_size", self.group_size, "at least 2, to compare within a group")
+        require(self.algorithm in PRESETS, "algorithm", repr(self.algorithm), f"one of {tuple(PRESETS)}")
         for name in ("pass_band", "entropy_band"):
             low, high = getattr(self, name)
             require(0 <= low < high, name, (low, high), "two rising numbers, the first at least 0")
-        for name in ("raise_at", "easy_share"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share in [0, 1]")
-        for name in ("level", "eval_every"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        require(self.deadline > 0, "deadline", self.deadline, "above 0")
+        require(0 <= self.raise_at <= 1, "raise_at", self.raise_at, "a share in [0, 1]")
+        require(self.eval_every >= 0, "eval_every", self.eval_every, "at least 0")
         self.loss()
 
     def loss(self) -> PolicyGradient:
@@ -222,7 +233,7 @@ def summary(episodes: Sequence[Episode]) -> dict[str, float]:
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
 
 
-def draw(config: RLConfig, families: Mapping[str, Family], levels: Mapping[str, int], step: int) -> list[Problem]:
+def draw(config: RolloutConfig, families: Mapping[str, Family], levels: Mapping[str, int], step: int) -> list[Problem]:
     """The problems of a step: families by their shares, levels at the frontier or, for ``easy_share``, below it.
     None is a held-out one (`rewards.reserved`)."""
     problems = []

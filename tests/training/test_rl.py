@@ -412,7 +412,8 @@ def test_distillation_draws_the_student_to_the_teacher(config, tmp_path, tokeniz
 
     load.save(Qwen3(small(hidden_size=48, num_hidden_layers=1)).init_weights(7), tmp_path / "teacher")
     tokenizer.save(tmp_path / "teacher" / "tokenizer.json")
-    base = {k: v for k, v in vars(config("distilled", steps=24, lr=1e-2)).items()}
+    shared = {f.name for f in dataclasses.fields(rl.RolloutConfig)}
+    base = {k: v for k, v in vars(config("distilled", steps=24, lr=1e-2)).items() if k in shared}
     cfg = DistillConfig(teacher=tmp_path / "teacher", **base)
     distill(cfg, families={"chain": Length()}, quiet=True)
     kl = [r["kl"] for r in read_metrics(cfg.out) if r["kind"] == "train"]
@@ -421,6 +422,16 @@ def test_distillation_draws_the_student_to_the_teacher(config, tmp_path, tokeniz
     (tmp_path / "teacher" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="has another tokenizer.json"):
         distill(cfg, families={"chain": Length()}, quiet=True)
+
+
+def test_distillation_refuses_what_only_rl_has(tmp_path):
+    from training.distill import DistillConfig
+
+    settings = {"start": tmp_path, "out": tmp_path, "teacher": tmp_path, "families": ("chain",)}
+    assert DistillConfig(**settings, group_size=1).group_size == 1
+    for name in ("algorithm", "clip_low", "correction", "skip_truncated", "pass_band", "raise_at", "eval_every"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            DistillConfig(**settings, **{name: 1})
 
 
 def test_teacher_data_are_the_right_replies(model, tokenizer, monkeypatch):
