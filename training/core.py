@@ -8,8 +8,8 @@ started again ends in the same weights, bit for bit, on the same machine with th
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from qwen3_model.tokenizer import Tokenizer
 
 from . import checkpoint, environment, lora
 from .config import DTYPES, Config, to_json
+from .files import write_json
 from .log import Log
 from .losses import LossFn
 from .optim import OPTIMIZERS, SCHEDULES, STATES, Optimizer, lr_scale
@@ -74,6 +75,11 @@ class TrainConfig:
                             ("optimizer_states", STATES), ("recompute", POLICIES)):
             require(getattr(self, name) in known, name, repr(getattr(self, name)), f"one of {known}")
         self.lr_at(0)
+
+    def require_pack(self, tokens: int, what: str) -> None:
+        """Raises ValueError when a sample of ``tokens``, the last of which is no input, does not fit into a pack."""
+        wanted = f"at least {tokens - 1}, one less than {what}: a sample is not split"
+        require(self.tokens_per_pack >= tokens - 1, "tokens_per_pack", self.tokens_per_pack, wanted)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step in [0, steps)."""
@@ -182,7 +188,7 @@ def train(
             if resumed.step == config.steps and final.is_dir():
                 return final
         record = identity | {"environment": environment.describe(config.device, DTYPES[config.dtype])}
-        (config.out / "run.json").write_text(json.dumps(record, indent=1))
+        write_json(config.out / "run.json", record)
         done = resumed.step if resumed else 0
         with Log(config.out, steps=config.steps, done=done, quiet=quiet, tensorboard=config.tensorboard) as log:
             run = Run(config, log, resumed)
@@ -204,7 +210,11 @@ def train(
                         config.out / "checkpoints", step + 1, run.model, run.optimizer, identity | {"state": run.state},
                         keep=config.keep, save_model=lora.save if config.lora_rank else None,
                     )
-            run.save_model(final)
+            tmp = config.out / ".model.tmp"  # a folder of the final name is taken for finished
+            shutil.rmtree(tmp, ignore_errors=True)
+            run.save_model(tmp)
+            shutil.rmtree(final, ignore_errors=True)
+            tmp.rename(final)
     return final
 
 

@@ -25,14 +25,14 @@ from .losses import Divergence
 from .rewards import Family, Problem, mixed_seed
 from .rewards.families import SCORERS, make
 from .rewards.workers import Pool
-from .rl import RLConfig, draw, play, summary
+from .rl import RolloutConfig, draw, play, summary
 from .samples import Sample
 from .sft import normalised
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(RLConfig):
-    """The fields of the groups are those of RL; a group may be of one here (``group_size`` 2 is as good as 1 twice)."""
+class DistillConfig(RolloutConfig):
+    """The fields of the groups are those of RL; a group may be of one here."""
 
     teacher: Path  # folder of the teacher: the same vocabulary, any size
     direction: Literal["forward", "reverse"] = "reverse"

@@ -31,63 +31,75 @@ from qwen3_model.tokenizer import Tokenizer
 
 from .core import Run, TrainConfig, command, require, train
 from .losses import PRESETS, PolicyGradient, advantages, preset, token_weight
-from .rewards import EMPTY_BLOCK, Family, Problem, Reply, format_gate, mixed_seed, rng_of
+from .rewards import EMPTY_BLOCK, Family, Problem, Reply, find, format_gate, mixed_seed, rng_of
 from .rewards.families import MAKERS, SCORERS, make
 from .rewards.workers import Pool
 from .rollout import Request, Roller, Rollout
-from .samples import Sample, packs
+from .samples import Packed, Sample, packs
 
 MAX_TILT = 0.9
 WINDOW = 4  # steps that a level's mean reward is taken over
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig(TrainConfig):
+class RolloutConfig(TrainConfig):
+    """What every stage has that trains on its own samples: `draw` and `play`."""
+
     families: tuple[str, ...]  # names of rewards.families
     shares: tuple[float, ...] = ()  # of each family in the mix; () for equal ones
     groups: int = 32  # problems per step
     group_size: int = 8  # conversations per problem
     mini_batches: int = 2  # updates per step
-    algorithm: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce"] = "dapo"
-    clip_low: float | None = None  # in place of the algorithm's own
-    clip_high: float | None = None
-    correction: float = 0.0  # bound of the importance weight of trainer over sampler; 0 trusts them to be equal
     temperature: float = 1.0
     max_tokens: int = 512  # of a conversation beyond its prompt
     max_prompt: int = 512
     slots: int = 64  # conversations decoded at once
-    replay_routing: bool = True  # mixtures of experts: the trainer takes the experts that the sampler took
-    skip_truncated: bool = False  # do not learn from conversations that ran out of tokens
-    pass_band: tuple[float, float] = (0.05, 0.95)  # sampled pass rates to start from
-    probe_groups: int = 32
-    entropy_band: tuple[float, float] = (0.0, math.inf)  # nats per token
     level: int = 0  # level that every family starts at
-    raise_at: float = 0.6  # mean reward at the level above which the next one is tried
     easy_share: float = 0.3  # share of problems from the levels below
-    eval_every: int = 0  # steps between evaluations on held-out problems; 0 for none
-    eval_problems: int = 64  # per family
     workers: int = 2  # scorer processes
     deadline: float = 5.0  # seconds for one score
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("groups", "mini_batches", "max_tokens", "max_prompt", "slots", "probe_groups", "workers",
-                     "eval_problems"):
+        for name in ("groups", "group_size", "mini_batches", "max_tokens", "max_prompt", "slots", "workers"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.group_size >= 2, "group_size", self.group_size, "at least 2, to compare within a group")
-        require(self.algorithm in PRESETS, "algorithm", repr(self.algorithm), f"one of {tuple(PRESETS)}")
+        self.require_pack(self.max_prompt + self.max_tokens, "max_prompt + max_tokens")
         unknown = [f for f in self.families if f not in MAKERS]
         require(bool(self.families) and not unknown, "families", unknown or self.families, f"some of {tuple(MAKERS)}")
         right = not self.shares or (len(self.shares) == len(self.families) and all(s > 0 for s in self.shares))
         require(right, "shares", self.shares, f"{len(self.families)} positive numbers, one per family, or none")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(self.level >= 0, "level", self.level, "at least 0")
+        require(0 <= self.easy_share <= 1, "easy_share", self.easy_share, "a share in [0, 1]")
+        require(self.deadline > 0, "deadline", self.deadline, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig(RolloutConfig):
+    algorithm: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce"] = "dapo"
+    clip_low: float | None = None  # in place of the algorithm's own
+    clip_high: float | None = None
+    correction: float = 0.0  # bound of the importance weight of trainer over sampler; 0 trusts them to be equal
+    replay_routing: bool = True  # mixtures of experts: the trainer takes the experts that the sampler took
+    skip_truncated: bool = False  # do not learn from conversations that ran out of tokens
+    pass_band: tuple[float, float] = (0.05, 0.95)  # sampled pass rates to start from
+    probe_groups: int = 32
+    entropy_band: tuple[float, float] = (0.0, math.inf)  # nats per token
+    raise_at: float = 0.6  # mean reward at the level above which the next one is tried
+    eval_every: int = 0  # steps between evaluations on held-out problems of the first level; 0 for none
+    eval_problems: int = 64  # per family
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("probe_groups", "eval_problems"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.group_size >= 2, "group_size", self.group_size, "at least 2, to compare within a group")
+        require(self.algorithm in PRESETS, "algorithm", repr(self.algorithm), f"one of {tuple(PRESETS)}")
         for name in ("pass_band", "entropy_band"):
             low, high = getattr(self, name)
             require(0 <= low < high, name, (low, high), "two rising numbers, the first at least 0")
-        for name in ("raise_at", "easy_share"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share in [0, 1]")
-        for name in ("level", "eval_every"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        require(self.deadline > 0, "deadline", self.deadline, "above 0")
+        require(0 <= self.raise_at <= 1, "raise_at", self.raise_at, "a share in [0, 1]")
+        require(self.eval_every >= 0, "eval_every", self.eval_every, "at least 0")
         self.loss()
 
     def loss(self) -> PolicyGradient:
@@ -221,8 +233,9 @@ def summary(episodes: Sequence[Episode]) -> dict[str, float]:
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
 
 
-def draw(config: RLConfig, families: Mapping[str, Family], levels: Mapping[str, int], step: int) -> list[Problem]:
-    """The problems of a step: families by their shares, levels at the frontier or, for ``easy_share``, below it."""
+def draw(config: RolloutConfig, families: Mapping[str, Family], levels: Mapping[str, int], step: int) -> list[Problem]:
+    """The problems of a step: families by their shares, levels at the frontier or, for ``easy_share``, below it.
+    None is a held-out one (`rewards.reserved`)."""
     problems = []
     for group in range(config.groups):
         rng = rng_of(config.seed, "draw", step, group)
@@ -230,14 +243,15 @@ def draw(config: RLConfig, families: Mapping[str, Family], levels: Mapping[str, 
         level = levels[name]
         if level and rng.random() < config.easy_share:
             level = rng.randrange(level)
-        problems.append(families[name].problem(mixed_seed(config.seed, "problem", step, group), level))
+        problems.append(find(families[name], mixed_seed(config.seed, "problem", step, group), level))
     return problems
 
 
 def held_out(families: Mapping[str, Family], levels: Mapping[str, int] | int, count: int, seed: int = 0) -> list[Problem]:
-    """Problems that no training step draws: their seeds are functions of another name."""
+    """Problems that no training step draws (`rewards.reserved`); where a level has few, some of them more than once.
+    ValueError where it has none."""
     return [
-        family.problem(mixed_seed("held out", seed, name, i), levels if isinstance(levels, int) else levels[name])
+        find(family, mixed_seed("held out", seed, name, i), levels if isinstance(levels, int) else levels[name], held_out=True)
         for name, family in families.items() for i in range(count)
     ]
 
@@ -282,8 +296,8 @@ def tilt_advantage(value: float, tilt: float) -> float:
 def learn(
     run: Run, episodes: Sequence[Episode], config: RLConfig, step: int, *, tilt: float = 0.0,
 ) -> dict[str, float]:
-    """The updates of a step. Statistics are those of the mini-batches' mean, but ``max_gap`` that of the first, which is
-    taken with the weights that sampled."""
+    """The updates of a step. Statistics are those of the mini-batches' mean, but ``max_gap`` is taken with the weights that
+    sampled: that of the first, or with ``correction`` that of all, as `corrected` finds it."""
     loss = config.loss()
     groups: dict[int, list[Episode]] = defaultdict(list)
     for e in episodes:
@@ -303,23 +317,29 @@ def learn(
         weights = [token_weight(loss.average, length=n, lengths=lengths, max_length=config.max_tokens) for n in lengths]
         samples = [e.sample(a, w) for (e, a), w in zip(part, weights)]
         batches.append(packs(samples, config.tokens_per_pack))
+    gaps = []
     if loss.correction:
-        batches = [[corrected(run.model, packed, loss) for packed in batch] for batch in batches]
+        for batch in batches:
+            for i, packed in enumerate(batch):
+                batch[i], gap = corrected(run.model, packed, loss)
+                gaps.append(gap)
     stats = [run.update(batch, loss, config.lr_at(step)) for batch in batches]
     found |= {name: statistics.fmean(s[name] for s in stats) for name in stats[0] if name != "max_gap"}
-    return found | {"max_gap": stats[0]["max_gap"]}
+    return found | {"max_gap": max(gaps) if gaps else stats[0]["max_gap"]}
 
 
 @torch.no_grad()
-def corrected(model: Qwen3, packed: Any, loss: PolicyGradient) -> Any:
-    """With the trainer's own log-probabilities in place of the sampler's, and their bounded ratio in the weights."""
+def corrected(model: Qwen3, packed: Packed, loss: PolicyGradient) -> tuple[Packed, float]:
+    """With the trainer's own log-probabilities in place of the sampler's, and their bounded ratio in the weights; and the
+    max |d log p| of the two."""
     device = model.head_weight.device
     packed = packed.to(device)
     logp = -linear_cross_entropy(
         packed.hidden(model), model.head_weight, packed.targets, temperature=loss.temperature, reduction="none"
     )
-    ratio = (logp - packed.logprobs).exp().clamp(max=loss.correction)
-    return dataclasses.replace(packed, logprobs=logp, weights=packed.weights * ratio)
+    apart = logp - packed.logprobs
+    ratio = apart.exp().clamp(max=loss.correction)
+    return dataclasses.replace(packed, logprobs=logp, weights=packed.weights * ratio), apart.abs().max().item()
 
 
 def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None, quiet: bool = False) -> Path:
@@ -332,10 +352,11 @@ def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None,
         families = families or make(config.families, pool)
         options = {"temperature": config.temperature, "max_tokens": config.max_tokens, "max_prompt": config.max_prompt,
                    "slots": config.slots}
+        first = {n: min(config.level, f.max_level) for n, f in families.items()}
+        kept = held_out(families, first, config.eval_problems) if config.eval_every else []
 
         def begin(run: Run) -> None:
-            run.state = {"levels": {n: min(config.level, f.max_level) for n, f in families.items()}, "recent": {},
-                         "tilt": 0.0}
+            run.state = {"levels": first, "recent": {}, "tilt": 0.0}
             probe = dataclasses.replace(config, groups=config.probe_groups)
             episodes = play(run.model, run.tokenizer, families, draw(probe, families, run.state["levels"], -1),
                             repeats=config.group_size, seed=mixed_seed(config.seed, "probe"), **options)
@@ -360,18 +381,20 @@ def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None,
                 "tilt": tilted(tilt, found["sampled_entropy"], config.entropy_band),
             }
             if config.eval_every and ((n + 1) % config.eval_every == 0 or n + 1 == config.steps):
-                run.log.write("eval", n + 1, evaluate(run.model, run.tokenizer, families, config))
+                run.log.write("eval", n + 1, evaluate(run.model, run.tokenizer, families, kept, config))
             return metrics
 
         return train(config, step, begin=begin, quiet=quiet)
 
 
-def evaluate(model: Qwen3, tokenizer: Tokenizer, families: Mapping[str, Family], config: RLConfig) -> dict[str, float]:
-    """Held-out problems of the level that the run started at, one sample each: {"family/reward", "/format", "/length"}."""
+def evaluate(
+    model: Qwen3, tokenizer: Tokenizer, families: Mapping[str, Family], problems: Sequence[Problem], config: RLConfig,
+) -> dict[str, float]:
+    """One sample of each problem: {"family/reward", "/format", "/length"}."""
     found = {}
     for name, family in families.items():
-        problems = held_out({name: family}, min(config.level, family.max_level), config.eval_problems)
-        episodes = play(model, tokenizer, families, problems, repeats=1, seed=mixed_seed("evaluate"),
+        own = [p for p in problems if p.family == family.name]
+        episodes = play(model, tokenizer, families, own, repeats=1, seed=mixed_seed("evaluate"),
                         temperature=config.temperature, max_tokens=config.max_tokens, max_prompt=config.max_prompt,
                         slots=config.slots)
         found |= {f"{name}/{k}": v for k, v in summary(episodes).items() if k in ("reward", "format", "length")}

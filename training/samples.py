@@ -115,7 +115,7 @@ def packs(samples: Sequence[Sample], max_tokens: int) -> list[Packed]:
     for s in sorted((s for s in samples if s.trained), key=lambda s: -len(s.tokens)):
         need = len(s.tokens) - 1
         if need > max_tokens:
-            raise ValueError(f"a sample has {need} input tokens; expected at most max_tokens = {max_tokens}")
+            raise ValueError(f"a sample has {need} input tokens; expected at most tokens_per_pack {max_tokens}")
         for i, (used, members) in enumerate(bins):
             if used + need <= max_tokens:
                 bins[i] = used + need, [*members, s]

@@ -43,6 +43,7 @@ class SFTConfig(TrainConfig):
         super().__post_init__()
         for name in ("rows", "max_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        self.require_pack(self.max_tokens, "max_tokens")
 
 
 def encode(tokenizer: Tokenizer, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None) -> Iterator[Sample]:

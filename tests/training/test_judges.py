@@ -107,17 +107,33 @@ def test_a_failing_server_is_asked_again_and_then_it_is_an_error(serve):
 
 
 @pytest.mark.parametrize("text, value", [
-    ("Grade: 7", 0.7), ("grade is **10**", 0.0), ("Grade: **10**", 1.0), ("Grade: 3 ... Grade: 8.5", 0.85), ("Grade: 400", 1.0),
-    ("fine", 0.0), ("", 0.0),
+    ("Grade: 7", 0.7), ("grade is **10**", 1.0), ("Grade: **10**", 1.0), ("Grade: 3 ... Grade: 8.5", 0.85), ("Grade: 400", 1.0),
+    ("**Grade**: **7**", 0.7), ("Final grade is 9", 0.9), ("__Grade__ is: `0`", 0.0), ("fine", None), ("", None),
+    ("Grade: <number>", None),
 ])
 def test_grades(text, value):
-    assert grade(text) == pytest.approx(value)
+    assert grade(text) == (None if value is None else pytest.approx(value))
+
+
+def test_a_judge_without_a_grade_is_asked_once_more_and_then_it_is_an_error():
+    asked = []
+
+    def ask(prompt):
+        asked.append(prompt)
+        return "Grade: 6" if "End your reply" in prompt and "Rome" in prompt else "They differ."
+
+    family = WithReference([("Capital of France?", "Paris")], ask, workers=1)
+    problem = family.problem(0, 0)
+    assert family.scores([(problem, reply("Rome"))]) == [0.6] and len(asked) == 2
+    with pytest.raises(RuntimeError, match="no grade in two replies; the last ends with 'They differ.'"):
+        family.scores([(problem, reply("Berlin"))])
+    assert len(asked) == 4
 
 
 def test_a_local_model_is_asked_the_same_way(model, tokenizer):
     ask = LocalModel(model, tokenizer, max_tokens=5)
     assert ask("3+5") == ask("3+5") and isinstance(ask("3+5"), str)
-    family = WithReference([("q", "a")], ask, workers=1)
-    assert 0 <= family.scores([(family.problem(0, 0), reply("a"))])[0] <= 1
+    family = WithReference([("q", "a")], lambda prompt: f"{ask(prompt)} Grade: 4", workers=1)
+    assert family.scores([(family.problem(0, 0), reply("a"))]) == [0.4]
     with pytest.raises(ValueError, match="items is empty"):
         WithReference([], ask)

@@ -17,7 +17,7 @@ from training.filters import Validation
 from training.log import FILE
 from training.recipes import cold_start, distill, fusion, general_rl, path, reasoning_rl, tiny
 from training.rewards.chains import Chain, worked
-from training.rl import RLConfig
+from training.rl import RLConfig, held_out
 from training.sft import SFTConfig, encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,14 @@ def test_base_text():
     for t in chats[:20]:
         chain = t.split("\n")[1].removesuffix("<|im_end|>")
         assert f"\n{worked(chain)}\n\n{worked(chain)[-1]}<|im_end|>" in t
-    assert {len(t.split("\n")[1].removesuffix("<|im_end|>")) for t in chats} == {5, 8, 11, 14, 17}
+    asked = {t.split("\n")[1].removesuffix("<|im_end|>") for t in chats}
+    assert {len(chain) for chain in asked} == {5, 8, 11, 14, 17}
+
+
+def test_no_stage_trains_on_a_held_out_problem():
+    asked = {t.split("\n")[1].removesuffix("<|im_end|>") for t in tiny.texts(6000, 1) if t.startswith("<|im_start|>user\n")}
+    asked |= {path.draw(what, 0, i, name, 3).data["chain"] for what in ("cold", "off") for i in range(600) for name in path.FAMILIES}
+    assert not asked & {p.data["chain"] for level in path.LEVELS for p in held_out(path.FAMILIES, level, 64)}
 
 
 def test_cold_start_keeps_the_good_responses():

@@ -273,8 +273,30 @@ def test_the_mix_keeps_easier_levels(config):
     assert draw(cfg, {"chain": Length()}, {"chain": 2}, 5) == draw(cfg, {"chain": Length()}, {"chain": 2}, 5)
     from training.rewards.chains import Chain
 
-    trained = {p.messages[0]["content"] for s in range(5) for p in draw(cfg, {"chain": Chain()}, {"chain": 5}, s)}
-    assert not trained & {p.messages[0]["content"] for p in held_out({"chain": Chain()}, 5, 100)}
+    trained = {p.data["chain"] for s in range(15) for p in draw(cfg, {"chain": Chain()}, {"chain": 0}, s)}
+    modes = {f.name: f for f in map(Chain, ("", "/think", "/no_think"))}
+    assert len(trained) > 1200, "nearly all of the 1,500 of two numbers, less one in 16"
+    assert not trained & {p.data["chain"] for p in held_out(modes, 0, 100)}, "in no mode"
+    with pytest.raises(ValueError, match="tool, level 0: none of 400 draws is a problem held out"):
+        held_out({"tool": Tool()}, 0, 1)
+
+
+def test_evaluation_is_of_held_out_problems(config, ungated, monkeypatch):
+    from training.rewards import reserved
+    from training.rewards.chains import Chain
+
+    seen, real = {}, rl.play  # by the conversations per problem: one in evaluations
+
+    def spy(model, tokenizer, families, problems, **options):
+        seen.setdefault(options["repeats"], []).extend(problems)
+        return real(model, tokenizer, families, problems, **options)
+
+    monkeypatch.setattr(rl, "play", spy)
+    cfg = config(eval_every=2, eval_problems=5)
+    reinforce(cfg, families={"chain": Chain()}, quiet=True)
+    records = [r for r in read_metrics(cfg.out) if r["kind"] == "eval"]
+    assert [r["step"] for r in records] == [2, 4] and all("chain/reward" in r for r in records)
+    assert len(seen[1]) == 10 and all(map(reserved, seen[1])) and not any(map(reserved, seen[cfg.group_size]))
 
 
 def test_shares(config):
@@ -335,13 +357,21 @@ def test_correction_puts_the_trainers_probabilities_in_place(model):
 
     tokens = [5, 6, 7, 8]
     packed = pack([Sample(tokens, [0, 1, 1, 1], [1.0] * 4, [0, -50.0, -1e-3, -3.0])])
-    fixed = rl.corrected(model, packed, preset("dapo", correction=2.0))
+    fixed, gap = rl.corrected(model, packed, preset("dapo", correction=2.0))
     with torch.no_grad():
         want = model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     torch.testing.assert_close(fixed.logprobs, want, rtol=1e-4, atol=1e-4)
     ratio = (want - packed.logprobs).exp()
     torch.testing.assert_close(fixed.weights, ratio.clamp(max=2.0), rtol=1e-3, atol=1e-5)
     assert fixed.weights[0] == 2.0 and fixed.weights[1] < 0.1
+    assert gap == pytest.approx((want - packed.logprobs).abs().max().item(), rel=1e-4)
+
+
+def test_correction_does_not_hide_the_gap(config, model):
+    members = episodes([[1, 0], [0, 1]])
+    members[1].logprobs = [p - 5.0 for p in members[1].logprobs]
+    found = learn(Recorder(model), members, config(mini_batches=2, correction=2.0), 0)
+    assert found["max_gap"] > 1
 
 
 def test_summary():
@@ -353,6 +383,7 @@ def test_summary():
     ({"families": ()}, "families is"), ({"families": ("nope",)}, r"families is \['nope'\]"), ({"group_size": 1}, "group_size is 1"),
     ({"shares": (1.0, 2.0)}, "shares is"), ({"pass_band": (0.9, 0.1)}, "pass_band is"), ({"entropy_band": (0.5, 0.5)}, "entropy_band"),
     ({"algorithm": "ppo"}, "algorithm is 'ppo'"), ({"raise_at": 2.0}, "raise_at is 2"), ({"clip_low": 3.0}, "clip_low is 3"),
+    ({"max_prompt": 90, "max_tokens": 60, "tokens_per_pack": 148}, "tokens_per_pack is 148; expected at least 149, one less"),
     ({"deadline": 0.0}, "deadline is 0"), ({"level": -1}, "level is -1"), ({"lr": math.nan}, "lr is nan"),
 ])
 def test_bad_settings(config, changes, words):
@@ -381,7 +412,8 @@ def test_distillation_draws_the_student_to_the_teacher(config, tmp_path, tokeniz
 
     load.save(Qwen3(small(hidden_size=48, num_hidden_layers=1)).init_weights(7), tmp_path / "teacher")
     tokenizer.save(tmp_path / "teacher" / "tokenizer.json")
-    base = {k: v for k, v in vars(config("distilled", steps=24, lr=1e-2)).items()}
+    shared = {f.name for f in dataclasses.fields(rl.RolloutConfig)}
+    base = {k: v for k, v in vars(config("distilled", steps=24, lr=1e-2)).items() if k in shared}
     cfg = DistillConfig(teacher=tmp_path / "teacher", **base)
     distill(cfg, families={"chain": Length()}, quiet=True)
     kl = [r["kl"] for r in read_metrics(cfg.out) if r["kind"] == "train"]
@@ -390,6 +422,16 @@ def test_distillation_draws_the_student_to_the_teacher(config, tmp_path, tokeniz
     (tmp_path / "teacher" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="has another tokenizer.json"):
         distill(cfg, families={"chain": Length()}, quiet=True)
+
+
+def test_distillation_refuses_what_only_rl_has(tmp_path):
+    from training.distill import DistillConfig
+
+    settings = {"start": tmp_path, "out": tmp_path, "teacher": tmp_path, "families": ("chain",)}
+    assert DistillConfig(**settings, group_size=1).group_size == 1
+    for name in ("algorithm", "clip_low", "correction", "skip_truncated", "pass_band", "raise_at", "eval_every"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            DistillConfig(**settings, **{name: 1})
 
 
 def test_teacher_data_are_the_right_replies(model, tokenizer, monkeypatch):

@@ -19,7 +19,7 @@ def test_pack():
 def test_packs_are_few_and_hold_every_trained_sample_once():
     found = packs([sample(n) for n in (9, 4, 7, 3, 11, 5)] + [Sample([1, 2], [0, 0])], 12)
     assert [len(p.tokens) for p in found] == [12, 12, 9] and sum(len(p.lengths) for p in found) == 6
-    with pytest.raises(ValueError, match="has 19 input tokens; expected at most max_tokens = 12"):
+    with pytest.raises(ValueError, match="has 19 input tokens; expected at most tokens_per_pack 12"):
         packs([sample(20)], 12)
 
 

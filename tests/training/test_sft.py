@@ -8,6 +8,7 @@ from tiny_chat import model, model_folder, tokenizer, vocabulary  # noqa: F401
 
 from qwen3_model import load
 from qwen3_model.chat import encode_chat
+from qwen3_model.tokenizer import Tokenizer
 from training import checkpoint, sft
 from training.log import read_metrics
 from training.samples import Sample
@@ -158,6 +159,22 @@ def test_a_killed_run_goes_on_in_the_same_bits(config, monkeypatch):
     assert all(want[k].equal(got[k]) for k in want)
 
 
+def test_a_run_killed_while_it_writes_the_model_is_not_finished(config, monkeypatch):
+    cfg = config(lora_rank=2)
+
+    def save(self, path):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "save", save)  # the last file
+        with pytest.raises(Killed):
+            fine_tune(cfg, quiet=True)
+    assert checkpoint.latest(cfg.out / "checkpoints").step == cfg.steps and not (cfg.out / "model").exists()
+    folder = fine_tune(cfg, quiet=True)
+    assert (folder / "tokenizer.json").exists() and (folder / "adapter").is_dir()
+    assert not [p.name for p in cfg.out.iterdir() if "tmp" in p.name]
+
+
 def test_other_data_is_another_run(config, tmp_path):
     fine_tune(config(), quiet=True)
     sft.write(tmp_path / "data.jsonl", [[USER, THOUGHT]])
@@ -192,5 +209,8 @@ def test_bad_data_is_named(config, tmp_path):
         fine_tune(config(max_tokens=5), quiet=True)
     with pytest.raises(ValueError, match="rows is 0"):
         config(rows=0)
+    with pytest.raises(ValueError, match="tokens_per_pack is 98; expected at least 99, one less than max_tokens"):
+        config(max_tokens=100, tokens_per_pack=98)
+    config(max_tokens=100, tokens_per_pack=99)
     with pytest.raises(ValueError, match="lr is -1"):
         config(lr=-1)

@@ -1,12 +1,15 @@
 """Scorers and tools that hang, crash or try to get out."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from training.rewards import sandbox
-from training.rewards.workers import Pool
+from training.rewards.workers import ROOT, Pool
 
 PYTHON = "builtins:eval"
 
@@ -48,6 +51,30 @@ def test_no_process_is_left(pool):
     assert pids and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_a_hung_worker_dies_with_its_trainer(tmp_path):
+    file = tmp_path / "pid"
+    hang = f"[open({str(file)!r}, 'w').write(str(__import__('os').getpid())), __import__('time').sleep(60)]"
+    code = (f"from training.rewards.workers import Pool\n"
+            f"Pool([{PYTHON!r}], workers=1, deadline=60.0).map({PYTHON!r}, [({hang!r},)])")
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+
+    def wait(until):
+        end = time.monotonic() + 20
+        while not until() and time.monotonic() < end:
+            time.sleep(0.05)
+        return until()
+
+    try:
+        assert wait(lambda: file.exists() and file.read_text()), "the worker hangs"
+    finally:
+        trainer.kill()
+        trainer.wait()
+    stat = Path(f"/proc/{file.read_text()}/stat")
+    gone = lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"  # noqa: E731
+    assert wait(gone), "the worker is killed"
+
+
 def test_bad_pools():
     with pytest.raises(ValueError, match="workers is 0"):
         Pool([PYTHON], workers=0)
@@ -66,6 +93,8 @@ def test_it_runs_python():
     assert failed.status == "error" and "IndexError" in failed.text and "line 2" in failed.text
     assert "SyntaxError" in sandbox.run("def").text
     assert sandbox.run("open('note', 'w').write('kept'); print(open('note').read())").text == "kept"
+    moved = "import os; os.mkdir('d'); os.chdir('d'); open('a', 'w').write('kept'); os.rename('a', '../b'); print(open('../b').read())"
+    assert sandbox.run(moved).text == "kept", "it may move inside its folder"
 
 
 def test_deadline():
@@ -79,6 +108,12 @@ def test_deadline():
     "import os; os.fork()", "open('/tmp/qwen3-escape', 'w')", "import os; os.open('../x', os.O_CREAT | os.O_WRONLY)",
     "import os; os.kill(1, 0)", "import ctypes; ctypes.CDLL(None)", "import os; os.remove('/tmp/nothing')",
     "import sys; sys.modules['os'].execv('/bin/true', ['true'])", "import os; os.symlink('/etc', 'e')",
+    "import os; os.chdir('/tmp'); open('qwen3-escape', 'w')", "import os; os.chdir('/tmp'); os.mkdir('qwen3-escape')",
+    "import os; open('a', 'w').close(); os.rename('a', '/tmp/qwen3-escape')",
+    "import os; open('a', 'w').close(); os.replace('a', '/tmp/qwen3-escape')",
+    "import os; os.open('qwen3-escape', os.O_CREAT | os.O_WRONLY, dir_fd=os.open('/tmp', 0))",
+    "import os; os.mkdir('qwen3-escape', dir_fd=os.open('/tmp', os.O_PATH))",
+    "import sqlite3; sqlite3.connect('/tmp/qwen3-escape').execute('create table t (x)')",
 ])
 def test_what_it_refuses(code):
     out = sandbox.run(code)

@@ -3,7 +3,7 @@
 base training -> long-CoT cold start -> reasoning RL -> thinking-mode fusion -> general RL, then a smaller student by
 off-policy and on-policy distillation, beside the same student by RL. The task is `rewards.chains`; the stages are those of
 `cold_start`, `reasoning_rl`, `fusion`, `general_rl` and `distill` with the sizes below. Everything measured is measured on
-problems that no stage trains on. A run that is stopped goes on where it was.
+problems that no stage trains on, in any mode (`rewards.reserved`). A run that is stopped goes on where it was.
 
 It writes report.html, plots/*.png and results.json; with several seeds one folder each, and what holds in all of them.
 """
@@ -37,7 +37,7 @@ from ..distill import distill, teacher_data
 from ..filters import Validation
 from ..log import read_metrics
 from ..losses import cross_entropy
-from ..rewards import Problem, mixed_seed, rng_of
+from ..rewards import Problem, find, mixed_seed, rng_of
 from ..rewards.chains import Chain, worked
 from ..rl import Episode, held_out, play, reinforce, summary
 from ..rollout import invariant
@@ -207,7 +207,7 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
 
 def draw(purpose: str, seed: int, number: int, family: str, top: int) -> Problem:
     level = rng_of(purpose, seed, number).randint(0, top)
-    return FAMILIES[family].problem(mixed_seed(purpose, seed, number, family), level)
+    return find(FAMILIES[family], mixed_seed(purpose, seed, number, family), level)
 
 
 def opened(folder: Path) -> tuple[Qwen3, Tokenizer]:

@@ -18,6 +18,7 @@ from ..config import Config
 from ..data import shards
 from ..environment import file_sha256
 from ..pretrain import train
+from ..rewards import find
 from ..rewards.chains import Chain, worked
 
 VOCABULARY = ("user assistant system /think /no_think\n\n",) * 50
@@ -42,15 +43,15 @@ LENGTHS = {2: 30, 3: 30, 4: 30, 5: 5, 6: 5}  # of chains in the base model's tex
 
 
 def texts(count: int, seed: int) -> Iterator[str]:
-    """Documents: sums; and questions with worked answers, as a corpus with synthetic instructions has them, without think
-    blocks."""
+    """Documents: sums, all that there are; and questions with worked answers, as a corpus with synthetic instructions has
+    them, without think blocks, and none of them a held-out one (`rewards.reserved`)."""
     rng, chain = random.Random(seed), Chain()
     for _ in range(count):
         if rng.random() < 0.4:
             yield "\n".join(worked(chain.problem(rng.getrandbits(60), 0).data["chain"])[1:] for _ in range(12))
             continue
         (length,) = rng.choices([*LENGTHS], [*LENGTHS.values()])
-        data = chain.problem(rng.getrandbits(60), length - 2).data
+        data = find(chain, rng.getrandbits(60), length - 2).data
         yield (f"<|im_start|>user\n{data['chain']}<|im_end|>\n<|im_start|>assistant\n"
                f"{worked(data['chain'])}\n\n{data['answer']}<|im_end|>\n")
 

@@ -85,6 +85,29 @@ def rng_of(*parts: object) -> random.Random:
     return random.Random(mixed_seed(*parts))
 
 
+RESERVED = 16  # one problem in so many is held out
+TRIES = 400
+
+
+def reserved(problem: Problem) -> bool:
+    """Whether a problem is held out from all training: by the hash of what it asks, so that it is in every mode, whatever
+    seed and level it comes from."""
+    words = [w for m in problem.messages for w in (m.get("content") or "").split() if w not in ("/think", "/no_think")]
+    return mixed_seed("reserved", *words) % RESERVED == 0
+
+
+def find(family: Family, seed: int, level: int, *, held_out: bool = False) -> Problem:
+    """The problem of ``seed``, or of the next one in a chain of seeds whose problem is on the wanted side: for training, or
+    with ``held_out`` reserved. Raises ValueError after TRIES, as families of few problems may have none on a side."""
+    for i in range(TRIES):
+        problem = family.problem(mixed_seed(seed, i) if i else seed, level)
+        if reserved(problem) == held_out:
+            return problem
+    side = "held out" if held_out else "for training"
+    raise ValueError(f"{family.name}, level {level}: none of {TRIES} draws is a problem {side}; expected more problems, of "
+                     f"which one in {RESERVED} is held out")
+
+
 def format_gate(ids: Sequence[int], *, think: int, end_think: int, stop_ids: Sequence[int], thinking: bool) -> float:
     """1 if a turn's ids are one think block, then an answer that ends with a stop token; else 0. With ``thinking`` the block
     must hold something, without it nothing but line breaks."""

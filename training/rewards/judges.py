@@ -26,7 +26,8 @@ REFERENCE = (
     "Query:\n{query}\n\nReference:\n{reference}\n\nResponse:\n{response}\n\n"
     "Reply with a grade from 0 (wrong) to 10 (agrees in full), as: Grade: <number>"
 )
-_GRADE = re.compile(r"grade\W{0,4}(\d+(?:\.\d+)?)", re.IGNORECASE)
+AGAIN = "\n\nEnd your reply with a line of this form, with a number from 0 to 10 in it: Grade: <number>"
+_GRADE = re.compile(r"grade(?:\s+is)?\W{0,4}(\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ class LocalModel:
         return reply.parsed.content
 
 
-def grade(reply: str) -> float:
-    """The grade in a judge's reply as a share of 10; 0 without one."""
-    found = _GRADE.findall(reply)
-    return min(float(found[-1]) / 10, 1.0) if found else 0.0
+def grade(reply: str) -> float | None:
+    """The grade in a judge's reply as a share of 10, Markdown or not; None without one."""
+    found = _GRADE.findall(re.sub(r"[*_`]", "", reply))
+    return min(float(found[-1]) / 10, 1.0) if found else None
 
 
 class _Queries(SingleTurn):
@@ -121,7 +122,8 @@ class _Queries(SingleTurn):
 
 
 class WithReference(_Queries):
-    """A judge compares the reply with a reference answer."""
+    """A judge compares the reply with a reference answer. One that gives no grade is asked once more; then RuntimeError,
+    as for a server that fails."""
 
     name = "judge_with_reference"
 
@@ -130,7 +132,12 @@ class WithReference(_Queries):
         self._ask = ask
 
     def score(self, problem: Problem, reply: Reply) -> float:
-        return grade(self._ask(REFERENCE.format(response=reply.content, **problem.data)))
+        prompt = REFERENCE.format(response=reply.content, **problem.data)
+        for text in (prompt, prompt + AGAIN):
+            answer = self._ask(text)
+            if (found := grade(answer)) is not None:
+                return found
+        raise RuntimeError(f"the judge gave no grade in two replies; the last ends with {answer[-200:]!r}")
 
 
 class RewardModel(_Queries):

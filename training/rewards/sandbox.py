@@ -29,20 +29,23 @@ import sys, os
 def _guard(folder=os.path.realpath(os.getcwd()), os=os):
     banned = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.kill", "os.putenv",
               "ctypes.", "os.chmod", "os.chown", "os.link", "os.symlink", "shutil.", "pty.", "webbrowser.", "urllib.",
-              "ftplib.")
+              "ftplib.", "sqlite3.")
     writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    real, join, sep, fspath = os.path.realpath, os.path.join, os.sep, os.fspath
+    real, isdir, sep, fspath = os.path.realpath, os.path.isdir, os.sep, os.fspath
     def inside(path):
         if isinstance(path, int):
             return True
-        path = real(join(folder, os.fsdecode(fspath(path))))
+        path = real(os.fsdecode(fspath(path)))
         return path == folder or path.startswith(folder + sep)
     def hook(event, args):
         if event.startswith(banned):
             raise PermissionError(event + " is not allowed here")
         if event == "open" and (args[2] & writes) and not inside(args[0]):
             raise PermissionError("writing outside of the working directory is not allowed here")
-        if event in ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate") and not inside(args[0]):
+        if event == "open" and args[1] is None and isdir(args[0]):  # as dir_fd it would lead out, and no event names it
+            raise PermissionError("opening a folder is not allowed here")
+        paths = args[: 2 if event == "os.rename" else 1]
+        if event in ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate") and not all(map(inside, paths)):
             raise PermissionError(event + " is not allowed there")
     sys.addaudithook(hook)
 _guard()
