@@ -163,6 +163,7 @@ def test_draws_follow_the_distribution(how, over):
     assert statistic < limit
 
 
+@pytest.mark.slow
 def test_successive_draws_are_independent():
     """Pairs (token, next token) of a uniform vocabulary of 5."""
     sampler = Sampler([SamplingParams(seed=3)], [[0]], 5)

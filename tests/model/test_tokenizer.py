@@ -100,6 +100,7 @@ def test_equals_tiktoken_on_random_unicode(qwen3, reference, text, name, rest):
     assert qwen3.encode(text + name + rest) == expected(text) + [ADDED_IDS[name]] + expected(rest)
 
 
+@pytest.mark.slow
 def test_equals_tiktoken_on_every_code_point(qwen3, reference):
     points = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     for start in range(0, len(points), 512):

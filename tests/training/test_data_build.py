@@ -193,6 +193,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(built, raw, tmp_path):
     assert shard_bytes(tmp_path / "out") == shard_bytes(built)
 
 
+@pytest.mark.slow
 def test_a_build_goes_on_from_any_stage(built, raw, tmp_path):
     """What a kill leaves: output of a task, whole or cut short, without its mark, and nothing of later stages' marks."""
     config = strict.build(Build, raw[1] | {"out": str(tmp_path / "out")})

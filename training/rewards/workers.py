@@ -7,11 +7,13 @@ replaced, and the call counts as a time-out.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 EXTRA = "pip install 'qwen3-kernels"  # in the message of a scorer whose library is missing
 MEMORY = 4 << 30  # bytes of address space of one worker
+_PDEATHSIG = 1  # sys/prctl.h
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,8 @@ class Pool:
 
 def serve(functions: Sequence[str]) -> None:
     """The worker's side: one line of JSON in, one out. What a function prints goes nowhere."""
+    if sys.platform == "linux":  # a call that hangs would outlive a trainer that was killed
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
     out = os.fdopen(os.dup(1), "w")
     sys.stdout = open(os.devnull, "w")
     os.dup2(sys.stdout.fileno(), 1)
