@@ -59,7 +59,7 @@ def run(world: int, script: str, *args: str) -> list[tuple[int, str, str]]:
             w.kill()
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_equals_one_process(world, tmp_path):
     for code, out, error in run(world, WORKER, str(tmp_path / "store")):
         assert code == 0 and out == "fine\n", error[-3000:]

@@ -169,7 +169,10 @@ def losses(out):
     return [r for r in read_metrics(out) if r["kind"] != "speed"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"async_save": True, "spike_sigma": 6.0}], ids=["plain", "async-guarded"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"async_save": True, "spike_sigma": 6.0}, pytest.param({}, marks=pytest.mark.slow)], ids=["async-guarded", "plain"],
+)
 def test_killed_and_resumed_runs_end_in_the_same_bits(make_config, trainer_command, changes):
     settings = {"steps": 60, "dtype": "bfloat16", "log_every": 1, "save_every": 3, "eval_every": 20, "micros": 2} | changes
     straight, broken = make_config("straight", **settings), make_config("broken", **settings)
