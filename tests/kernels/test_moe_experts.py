@@ -1,6 +1,6 @@
 import pytest
 import torch
-from common import DEVICE, DTYPES, backends, check_error_rule, parametrize_dtype, pick, randn
+from common import DEVICE, DTYPES, backends, check_error_rule, parametrize_dtype, pick, pooled_ratios, randn
 
 from qwen3_kernels import dispatch, moe_experts, routing_plan, selfcheck
 from qwen3_kernels.ops.moe_experts import moe_experts_ref, steps
@@ -33,17 +33,7 @@ def skip_unless_supported(backend, dtype):
 
 
 def check(backend, draws) -> None:
-    """The error rule over several draws taken together: of a handful of numbers alone, plain torch's error is luck."""
-    found = {"truth": [], "plain": [], "got": []}
-    for inputs in draws:
-        wide = {n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()}
-        found["truth"].append(selfcheck.outputs_and_grads(moe_experts_ref, wide))
-        found["plain"].append(selfcheck.outputs_and_grads(moe_experts_ref, inputs))
-        with dispatch.use(backend):
-            found["got"].append(selfcheck.outputs_and_grads(moe_experts, inputs))
-    pooled = {n: [torch.cat([t.flatten() for t in same]) for same in zip(*lists)] for n, lists in found.items()}
-    triples = zip(pooled["got"], pooled["plain"], pooled["truth"], strict=True)
-    ratios = [selfcheck.error_ratio(*triple) for triple in triples]
+    ratios = pooled_ratios(moe_experts, moe_experts_ref, backend, draws)
     assert max(ratios) <= selfcheck.LIMIT, f"{backend}: errors {ratios} times those of plain torch"
 
 

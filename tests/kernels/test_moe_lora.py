@@ -1,6 +1,6 @@
 import pytest
 import torch
-from common import DEVICE, DTYPES, backends, parametrize_dtype, pick, randn
+from common import DEVICE, DTYPES, backends, parametrize_dtype, pick, pooled_ratios, randn
 
 from qwen3_kernels import dispatch, moe_experts, moe_lora, selfcheck
 from qwen3_kernels.ops import Adapters, moe_lora_ref
@@ -38,18 +38,8 @@ def test_error_rule(backend, dtype, shape):
     """Against merged weights."""
     if backend != "torch" and dispatch.unavailable("moe_experts", backend, DEVICE, dtype):
         pytest.skip(f"{backend}: no {dtype}")
-    found = {"truth": [], "plain": [], "got": []}
-    for _ in range(pick(backend, 24, 2)):
-        inputs = inputs_for(*shape, dtype)
-        wide = {n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()}
-        found["truth"].append(selfcheck.outputs_and_grads(ref, wide))
-        found["plain"].append(selfcheck.outputs_and_grads(ref, inputs))
-        with dispatch.use(backend):
-            found["got"].append(selfcheck.outputs_and_grads(ours, inputs))
-    pooled = {n: [torch.cat([t.flatten() for t in same]) for same in zip(*lists)] for n, lists in found.items()}
-    assert len(pooled["got"]) == 1 + 6
-    triples = zip(pooled["got"], pooled["plain"], pooled["truth"], strict=True)
-    ratios = [selfcheck.error_ratio(*triple) for triple in triples]
+    ratios = pooled_ratios(ours, ref, backend, [inputs_for(*shape, dtype) for _ in range(pick(backend, 24, 2))])
+    assert len(ratios) == 1 + 6
     assert max(ratios) <= selfcheck.LIMIT, ratios
 
 
