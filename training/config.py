@@ -65,19 +65,19 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "rows", "micros", "eval_every", "log_every", "save_every", "keep", "spike_window"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("lr", "max_grad_norm"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("weight_decay", "z_loss", "eval_batches", "seed", "spike_sigma"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
-        _require(0 <= self.decay <= 1, "decay", self.decay, "a share in [0, 1]")
-        _require(self.rows % self.micros == 0, "rows", self.rows, f"a multiple of micros = {self.micros}")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        require(0 <= self.decay <= 1, "decay", self.decay, "a share in [0, 1]")
+        require(self.rows % self.micros == 0, "rows", self.rows, f"a multiple of micros = {self.micros}")
         for name, known in (
             ("schedule", SCHEDULES), ("dtype", ("auto", *DTYPES)), ("optimizer", OPTIMIZERS),
             ("optimizer_states", STATES), ("recompute", POLICIES),
         ):
-            _require(getattr(self, name) in known, name, repr(getattr(self, name)), f"one of {known}")
+            require(getattr(self, name) in known, name, repr(getattr(self, name)), f"one of {known}")
         self.lr_at(0)
 
     def lr_at(self, step: int) -> float:
@@ -100,6 +100,6 @@ def to_json(value: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(value), default=str))
 
 
-def _require(ok: bool, name: str, value: object, wanted: str) -> None:
+def require(ok: bool, name: str, value: object, wanted: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {value}; expected {wanted}")

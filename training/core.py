@@ -24,7 +24,7 @@ from qwen3_model.recompute import POLICIES
 from qwen3_model.tokenizer import Tokenizer
 
 from . import checkpoint, environment, lora
-from .config import DTYPES, Config, to_json
+from .config import DTYPES, Config, require, to_json
 from .files import write_json
 from .log import Log
 from .losses import LossFn
@@ -93,11 +93,6 @@ class TrainConfig:
         """With "auto" replaced by what this machine has."""
         found = Config(self.start, self.out, device=self.device, dtype=self.dtype).resolved()
         return dataclasses.replace(self, device=found.device, dtype=found.dtype)
-
-
-def require(ok: bool, name: str, value: object, wanted: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} is {value}; expected {wanted}")
 
 
 class Run:

@@ -10,7 +10,6 @@ and gradient sums (see ``optim.Optimizer``); no autocast. Logits are never held 
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ from .config import DTYPES, FREE, Config, to_json
 from .data.mixture import data_sets, describe, open_loader
 from .data.packing import IGNORE, Batch, evaluation_batches
 from .data.shards import TokenShards
+from .files import write_json
 from .log import Log
 from .optim import Optimizer, SpikeGuard
 
@@ -113,7 +113,7 @@ def train(
         if resumed is not None:
             check_same_run(resumed, run)
         record = run | {"environment": environment.describe(config.device, DTYPES[config.dtype])}
-        (config.out / "run.json").write_text(json.dumps(record, indent=1))
+        write_json(config.out / "run.json", record)
         model, optimizer = set_up(config, model_config, resumed)
         done, final = (resumed.step, resumed.path) if resumed else (0, None)
 

@@ -29,7 +29,8 @@ from qwen3_model.chat import encode_chat, parse, render
 from qwen3_model.model import Qwen3
 from qwen3_model.tokenizer import Tokenizer
 
-from .core import Run, TrainConfig, command, require, train
+from .config import require
+from .core import Run, TrainConfig, command, train
 from .losses import PRESETS, PolicyGradient, advantages, preset, token_weight
 from .rewards import EMPTY_BLOCK, Family, Problem, Reply, find, format_gate, mixed_seed, rng_of
 from .rewards.families import MAKERS, SCORERS, make

@@ -24,7 +24,9 @@ import torch
 from qwen3_model.chat import render, thinking_mode
 from qwen3_model.tokenizer import Tokenizer
 
-from .core import Run, TrainConfig, command, require, train
+from .config import require
+from .core import Run, TrainConfig, command, train
+from .files import write_jsonl
 from .environment import file_sha256
 from .losses import LossFn, cross_entropy
 from .samples import Sample
@@ -135,11 +137,7 @@ def read(path: Path, tokenizer: Tokenizer) -> list[Sample]:
 
 def write(path: Path, conversations: Iterable[Messages]) -> None:
     """What `read` reads, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.tmp")
-    with open(tmp, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps({"messages": list(c)}, ensure_ascii=False) + "\n" for c in conversations)
-    tmp.rename(path)
+    write_jsonl(path, ({"messages": list(c)} for c in conversations))
 
 
 def batch(samples: Sequence[Sample], rows: int, seed: int, step: int) -> list[Sample]:

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,10 +60,7 @@ def write(
     if not 0 <= end_of_text < vocab_size:
         raise ValueError(f"end_of_text is {end_of_text}; expected an id in [0, {vocab_size})")
     name = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
+    with _new_folder(path) as tmp:
         shards, n_bytes, parts, size, held = [], 0, [], 0, 0
 
         def close() -> None:
@@ -91,10 +89,6 @@ def write(
             n_bytes, tuple(shards),
         )
         _write_index(tmp, index)
-        tmp.rename(path)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
     return index
 
 
@@ -114,10 +108,7 @@ def merge(path: str | Path, parts: Sequence[str | Path]) -> Index:
     kinds = {(i.dtype, i.vocab_size, i.end_of_text, i.tokenizer_sha256) for i in indices}
     if len(kinds) > 1:
         raise ValueError(f"{path}: data sets of different kinds cannot be merged (dtype, vocabulary, ...): {sorted(kinds)}")
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
+    with _new_folder(path) as tmp:
         found = []
         for part, index in zip(parts, indices):
             for file, tokens, documents in index.shards:
@@ -131,11 +122,21 @@ def merge(path: str | Path, parts: Sequence[str | Path]) -> Index:
             *kinds.pop(), *(sum(getattr(i, n) for i in indices) for n in ("n_tokens", "n_documents", "n_bytes")), tuple(found)
         )
         _write_index(tmp, index)
+    return index
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path`` at the end, or goes when something is raised."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
         tmp.rename(path)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
-    return index
 
 
 def _write_index(folder: Path, index: Index) -> None:

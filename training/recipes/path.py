@@ -10,7 +10,6 @@ It writes report.html, plots/*.png and results.json; with several seeds one fold
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -36,6 +35,7 @@ from ..config import to_json
 from ..distill import distill, teacher_data
 from ..filters import Validation
 from ..log import read_metrics
+from ..files import write_json
 from ..losses import cross_entropy
 from ..rewards import Problem, find, mixed_seed, rng_of
 from ..rewards.chains import Chain, worked
@@ -195,7 +195,7 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
         "samples": samples(model, tok), "environment": environment.describe("cpu", torch.float32),
     }
     results["checks"] = checks(results, out)
-    (out / "results.json").write_text(json.dumps(results, indent=1, default=str))
+    write_json(out / "results.json", results)
     write_report(out, results)
     table = Table("claim", "measured", "bound", "holds", box=None, pad_edge=False)
     for c in results["checks"]:
