@@ -68,12 +68,6 @@ class Dealer {
   int round_ = 0, document_ = 0, before_ = 0;  // before_: blocks of the documents before document_
 };
 
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // The running softmax of a thread's two rows. `scores` become unnormalised probabilities, `keep` the factors of what was
 // summed before.
 struct Softmax {
@@ -106,10 +100,7 @@ struct Softmax {
 
 __device__ inline void pack(const float (&p)[64], uint32_t (&packed)[8][4]) {
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(p[2 * i], p[2 * i + 1]);
-    packed[i / 4][i % 4] = reinterpret_cast<const uint32_t&>(pair);
-  }
+  for (int i = 0; i < 32; ++i) packed[i / 4][i % 4] = pack_pair(p[2 * i], p[2 * i + 1]);
 }
 
 template <bool CAUSAL>
@@ -262,8 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int j = 4 * g + i;
-          const __nv_bfloat162 pair = __floats2bfloat162_rn(out[4 * j + 2 * half] * share, out[4 * j + 2 * half + 1] * share);
-          packed[i] = reinterpret_cast<const uint32_t&>(pair);
+          packed[i] = pack_pair(out[4 * j + 2 * half] * share, out[4 * j + 2 * half + 1] * share);
         }
         quad_transpose(packed, q);
         if (live) *reinterpret_cast<uint4*>(to + 8 * (4 * g + q)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
@@ -277,10 +267,7 @@ void check(cudaError_t error) {
 }
 
 CUtensorMap heads_map(const Attention& a, const Heads& x, int64_t heads) {
-  const int64_t batches = a.cu_seqlens ? 1 : a.sequences;
-  // A batch of one may have any stride; TMA wants a multiple of 16 bytes.
-  const int64_t batch = batches == 1 ? a.length * x.token : x.batch;
-  return tensor_map<4>(x.data, {kWidth, heads, a.length, batches}, {x.head, x.token, batch}, {64, 1, 128, 1});
+  return tensor_map(x, a.cu_seqlens ? 1 : a.sequences, a.length, heads, kWidth, kKeys);
 }
 
 template <bool CAUSAL> void launch(const Attention& a, cudaStream_t stream) {

@@ -126,17 +126,6 @@ template <bool CAUSAL> struct Walk {
   }
 };
 
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline uint32_t pack_pair(float a, float b) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
 __device__ inline int load_acquire(const int* p) {
   int x;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
@@ -537,10 +526,7 @@ void check(cudaError_t error) {
 }
 
 CUtensorMap heads_map(const AttentionBackward& a, const Heads& x, int64_t heads, int tokens) {
-  const int64_t batches = a.cu_seqlens ? 1 : a.sequences;
-  // A batch of one may have any stride; TMA wants a multiple of 16 bytes.
-  const int64_t batch = batches == 1 ? a.length * x.token : x.batch;
-  return tensor_map<4>(x.data, {kWidth, heads, a.length, batches}, {x.head, x.token, batch}, {64, 1, tokens, 1});
+  return tensor_map(x, a.cu_seqlens ? 1 : a.sequences, a.length, heads, kWidth, tokens);
 }
 
 template <bool CAUSAL> void launch(const AttentionBackward& a, cudaStream_t stream) {

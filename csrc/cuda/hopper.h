@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "common.h"
+
 namespace qwen3::cuda {
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
@@ -209,6 +211,17 @@ template <class T> __device__ inline void quad_transpose(T (&r)[4], int q) {
   }
 }
 
+// --- numbers
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline uint32_t pack_pair(float a, float b) {  // bf16, a in the lower half
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
 // --- registers: a warpgroup gives some up, others take them
 template <int N> __device__ inline void registers_release() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> __device__ inline void registers_take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
@@ -242,6 +255,12 @@ CUtensorMap tensor_map(const void* data, const int64_t (&size)[DIMS], const int6
   if (r != CUDA_SUCCESS)
     throw std::invalid_argument("a tensor of " + text + " cannot be read by TMA: rows must start on 16-byte boundaries");
   return map;
+}
+// Of heads: boxes of `rows` tokens of one.
+inline CUtensorMap tensor_map(const Heads& x, int64_t batches, int64_t tokens, int64_t heads, int width, int rows) {
+  // A batch of one may have any stride; TMA wants a multiple of 16 bytes.
+  const int64_t batch = batches == 1 ? tokens * x.token : x.batch;
+  return tensor_map<4>(x.data, {width, heads, tokens, batches}, {x.head, x.token, batch}, {64, 1, rows, 1});
 }
 inline CUtensorMap tensor_map(const void* data, int64_t rows, int64_t columns, int64_t row_stride, int box_rows) {
   return tensor_map<2>(data, {columns, rows}, {row_stride}, {64, box_rows});

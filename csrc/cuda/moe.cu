@@ -188,10 +188,6 @@ __device__ inline void products(float (&acc)[128], const uint8_t* own, const uin
   }
 }
 
-__device__ inline uint32_t pack(float x, float y) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
 __device__ inline float2 unpack(uint32_t x) { return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x)); }
 
 // 32 columns of a row among the 4 threads of a quad: the products leave thread q the pairs of columns 8 i + 2 q (+ 1);
@@ -215,7 +211,7 @@ __device__ inline void gather8(const float (&acc)[128], int block, int half, int
 __device__ inline void gather8(const float (&acc)[128], int block, int half, int q, uint32_t (&pairs)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    pairs[i] = pack(acc[16 * block + 4 * i + 2 * half], acc[16 * block + 4 * i + 2 * half + 1]);
+    pairs[i] = pack_pair(acc[16 * block + 4 * i + 2 * half], acc[16 * block + 4 * i + 2 * half + 1]);
   quad_transpose(pairs, q);
 }
 __device__ inline bf16* element(const Rows& r, int64_t row, int64_t column) {
@@ -245,7 +241,7 @@ __device__ inline void store_up(const Gemm& g, const Tile& t, const Place& p, co
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 x = unpack(gate[i]), y = unpack(up[i]);  // rounded, as the backward will read them
-        product[i] = pack(x.x * sigmoid(x.x) * y.x, x.y * sigmoid(x.y) * y.y);
+        product[i] = pack_pair(x.x * sigmoid(x.x) * y.x, x.y * sigmoid(x.y) * y.y);
       }
       store8(element(g.out, row, column), gate, p.q, live);
       store8(element(g.out, row, g.columns + column), up, p.q, live);
@@ -340,7 +336,7 @@ __device__ inline void store_down_backward(const Gemm& g, const Tile& t, const P
           dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
           dy[c] = scaled_da * silu;
         }
-        scaled[i] = pack(a[0], a[1]), gate[i] = pack(dx[0], dx[1]), up[i] = pack(dy[0], dy[1]);
+        scaled[i] = pack_pair(a[0], a[1]), gate[i] = pack_pair(dx[0], dx[1]), up[i] = pack_pair(dy[0], dy[1]);
       }
       bf16* const to = element(g.out, row, 0) + column;
       store8_plain(to, gate, p.q, live);
@@ -405,7 +401,7 @@ __device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Pla
           float2 x[4];
           gather8(acc, j, half, p.q, x);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) pairs[i] = pack(before[i].x + x[i].x, before[i].y + x[i].y);
+          for (int i = 0; i < 4; ++i) pairs[i] = pack_pair(before[i].x + x[i].x, before[i].y + x[i].y);
         } else {
           gather8(acc, j, half, p.q, pairs);
         }
@@ -547,7 +543,7 @@ template <Task TASK> class Deferred {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 x = unpack(before[i]), y = unpack(pairs[i]);
-        pairs[i] = pack(x.x + y.x, x.y + y.y);
+        pairs[i] = pack_pair(x.x + y.x, x.y + y.y);
       }
     }
     store8(to, pairs, place_.q, live);
@@ -572,7 +568,7 @@ template <Task TASK> class Deferred {
         dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
         dy[c] = scaled_da * silu;
       }
-      da[i] = pack(a[0], a[1]), gate[i] = pack(dx[0], dx[1]), up[i] = pack(dy[0], dy[1]);
+      da[i] = pack_pair(a[0], a[1]), gate[i] = pack_pair(dx[0], dx[1]), up[i] = pack_pair(dy[0], dy[1]);
     }
     bf16* const to = element(g_.out, row, column);
     store8(to, gate, place_.q, live);
@@ -843,7 +839,7 @@ __global__ void __launch_bounds__(256) combine_kernel(MoePlan p, int64_t tokens,
     }
   }
   store8(element(out, token, column),
-         {pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7])}, 0, true);
+         {pack_pair(sum[0], sum[1]), pack_pair(sum[2], sum[3]), pack_pair(sum[4], sum[5]), pack_pair(sum[6], sum[7])}, 0, true);
 }
 
 // --- host side
