@@ -42,9 +42,7 @@ constexpr int kLead = 2;  // steps by which the second warpgroup starts after th
 constexpr int kSlab = 64 * kStep * 2;  // bytes of 64 rows x 64 elements, the unit that a transposed operand is made of
 constexpr uint32_t kOwnBytes = kOwn * kStep * 2, kSharedBytes = kShared * kStep * 2;
 constexpr uint32_t kStageBytes = kOwnBytes + kSharedBytes;
-constexpr int kAhead = 2;  // slots of a deferred epilogue for which it has what it reads on its way
-constexpr int kLandingBytes = kAhead * 2 * 128 * kConsumers * 16;
-constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8 + kLandingBytes;
+constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8;
 
 struct Gemm {
   const int32_t *offsets, *slot;
@@ -411,33 +409,22 @@ __device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Pla
   }
 }
 
-__device__ inline uint4 load_shared(uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
-  return x;
-}
-
 // --- the epilogue of a tile between the products of the next one
 
 struct AtOnce {  // in its place where nothing is deferred
-  __device__ AtOnce(const Gemm&, uint8_t*) {}
+  __device__ explicit AtOnce(const Gemm&) {}
 };
 
-// A tile's results, rounded to bf16 when its products are done. Its epilogue is kSlots pieces of work, which the
-// warpgroup does one by one while later products run; what a slot reads comes by cp.async, asked for kAhead slots
-// before and without costing registers: 32 bytes a thread, which nobody else touches. The slots come in groups of four:
-// code for all sixteen would not stay in the instruction cache.
-template <Task TASK> class Deferred {
+// A tile's results, rounded to bf16 when its products are done. Its epilogue is kSlots pieces of work, 8 rows by 64 columns a
+// warp, which the warpgroup does one by one while later products run.
+class Deferred {
  public:
-  static constexpr int kGroups = TASK == Task::down_backward ? 4 : 2, kSlots = 4 * kGroups;
+  static constexpr int kGroups = 2, kSlots = 4 * kGroups;
 
-  __device__ Deferred(const Gemm& g, uint8_t* landing)
-      : g_(g), landing_(shared_address(landing) + (threadIdx.x - 128) * 16), packed_{}, weight_{} {}
+  __device__ explicit Deferred(const Gemm& g) : g_(g), packed_{} {}
 
   // acc: the products, done. Until the first call the slots find nothing to do.
-  __device__ __forceinline__ void take(const float (&acc)[128], const Tile& t, const Place& p,
-                                       const float (&weight)[2]) {
+  __device__ __forceinline__ void take(const float (&acc)[128], const Tile& t, const Place& p) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -448,24 +435,17 @@ template <Task TASK> class Deferred {
           asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;"
                        : "=r"(packed_[4 * (8 * half + j) + i]) : "f"(acc[from + 1]), "f"(acc[from]));
         }
-    place_ = p, expert_ = t.expert;
-    limit_ = TASK == Task::grad_left ? g_.own_columns : TASK == Task::grad_right ? g_.columns : t.end;
-    if constexpr (TASK == Task::down_backward) weight_[0] = weight[0], weight_[1] = weight[1];
-    if (reads()) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) load(i, i);
-    }
+    place_ = p, end_ = t.end;
   }
 
-  // All slots, with before(slot) and after(slot) around each.
-  template <class F, class G> __device__ __forceinline__ void run(F before, G after) {
+  // All slots, with before(slot) ahead of each.
+  template <class F> __device__ __forceinline__ void run(F before) {
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         before(4 * group + i);
-        slot(group, i);
-        after(4 * group + i);
+        store(group, 2 * i), store(group, 2 * i + 1);
       }
 #pragma unroll
       for (int i = 0; i < 64 - 64 / kGroups; ++i) packed_[i] = packed_[i + 64 / kGroups];
@@ -473,122 +453,20 @@ template <Task TASK> class Deferred {
   }
 
  private:
-  __device__ bool reads() const { return TASK == Task::down_backward || (is_gradient(TASK) && g_.accumulate); }
-
-  // Slot i of a group: 8 rows by 32 columns of down_backward, by 64 (two blocks) of the others. Only i is known to the
-  // compiler; packed_ begins with what belongs to the group.
-  __device__ __forceinline__ void slot(int group, int i) {
-    uint4 read[2] = {};
-    if (reads()) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
-      read[0] = load_shared(landing(i, 0)), read[1] = load_shared(landing(i, 1));
-    }
-    if constexpr (TASK == Task::down_backward) down_backward(group, i, read);
-    else store(group, 2 * i, read[0]), store(group, 2 * i + 1, read[1]);
-    if (reads()) load(4 * group + i + kAhead, i + kAhead);  // to where this slot has read
-  }
-
-  __device__ uint32_t landing(int i, int which) const {
-    return landing_ + (i % kAhead * 2 + which) * (128 * kConsumers * 16);
-  }
-  // What slot `slot` reads, to landing(i): one group of copies, an empty one too, so that groups can be counted.
-  __device__ __forceinline__ void load(int slot, int i) {
-    if (slot < kSlots) {
-#pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        const bf16* from;
-        bool live;
-        if constexpr (TASK == Task::down_backward) {
-          int row, column;
-          live = block(slot / 4, i % 4, row, column);
-          from = element(g_.h, row, column + which * g_.columns) + 8 * place_.q;
-        } else {
-          from = result(slot / 4, i % 4 * 2 + which, live) + 8 * place_.q;
-        }
-        copy_async(landing(i, which), live ? from : g_.out.data, live ? 16 : 0);
-      }
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  }
-
-  // The row and first column of block j of 32 columns of a group, and whether this thread has 8 columns of it.
-  __device__ __forceinline__ bool block(int group, int j, int& row, int& column) const {
-    row = place_.row, column = place_.column;
-    int width = g_.columns;
-    if constexpr (TASK == Task::down_backward) row += group / 2 * 8, column += group % 2 * 128 + 32 * j;
-    else if constexpr (TASK == Task::grad_right)
-      row += group * 8 + j / 4 * 64, column += j % 4 * 32, width = g_.own_columns;
-    else row += group * 8, column += 32 * j;
-    return row < limit_ && column + 8 * place_.q < width;
-  }
-  // Where that goes if a block of products is a block of the result.
-  __device__ __forceinline__ bf16* result(int group, int j, bool& live) const {
-    int row, column;
-    live = block(group, j, row, column);
-    return element(g_.out, row, column) + (is_gradient(TASK) ? expert_ * g_.out_expert : 0);
-  }
-  __device__ __forceinline__ void gather(int j, uint32_t (&pairs)[4]) const {
+  // Block j of 32 columns. Only j is known to the compiler; packed_ begins with what belongs to the group.
+  __device__ __forceinline__ void store(int group, int j) {
+    const int row = place_.row + 8 * group, column = place_.column + 32 * j;
+    uint32_t pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = packed_[4 * j + i];
     quad_transpose(pairs, place_.q);
-  }
-
-  __device__ __forceinline__ void store(int group, int j, const uint4& old) {
-    bool live;
-    bf16* const to = result(group, j, live);
-    uint32_t pairs[4];
-    gather(j, pairs);
-    if (reads()) {
-      const uint32_t before[4] = {old.x, old.y, old.z, old.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack(before[i]), y = unpack(pairs[i]);
-        pairs[i] = pack_pair(x.x + y.x, x.y + y.y);
-      }
-    }
-    store8(to, pairs, place_.q, live);
-  }
-
-  __device__ __forceinline__ void down_backward(int group, int j, const uint4 (&h)[2]) {
-    int row, column;
-    const bool live = block(group, j, row, column);
-    const float weight = group < 2 ? weight_[0] : weight_[1];
-    uint32_t gate[4] = {h[0].x, h[0].y, h[0].z, h[0].w}, up[4] = {h[1].x, h[1].y, h[1].z, h[1].w}, da[4];
-    gather(j, da);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = unpack(gate[i]), y = unpack(up[i]), ds = unpack(da[i]);
-      float dx[2], dy[2], a[2];
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float v = c ? x.y : x.x, u = c ? y.y : y.x, d = c ? ds.y : ds.x;
-        const float s = sigmoid(v), silu = v * s, product = silu * u, scaled_da = weight * d;
-        sum_ = fmaf(d, product, sum_);
-        a[c] = weight * product;
-        dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
-        dy[c] = scaled_da * silu;
-      }
-      da[i] = pack_pair(a[0], a[1]), gate[i] = pack_pair(dx[0], dx[1]), up[i] = pack_pair(dy[0], dy[1]);
-    }
-    bf16* const to = element(g_.out, row, column);
-    store8(to, gate, place_.q, live);
-    store8(to + g_.columns, up, place_.q, live);
-    store8(element(g_.second, row, column), da, place_.q, live);
-    if (j == 3 && group % 2 == 1) {  // a row's last block
-      sum_ += __shfl_xor_sync(~0u, sum_, 1);
-      sum_ += __shfl_xor_sync(~0u, sum_, 2);
-      if (place_.q == 0 && row < limit_ && place_.column < g_.columns)
-        g_.partial[int64_t(row) * tiles_of(g_.columns, columns_of(TASK)) + place_.column / columns_of(TASK)] = sum_;
-      sum_ = 0;
-    }
+    store8(element(g_.out, row, column), pairs, place_.q, row < end_ && column + 8 * place_.q < g_.columns);
   }
 
   const Gemm& g_;
-  const uint32_t landing_;
   uint32_t packed_[64];  // 4 (8 half + j) + i: the pair of columns 32 j + 8 i + 2 q of row + 8 half
-  float weight_[2], sum_ = 0;
   Place place_{0, 0, int(threadIdx.x % 4)};
-  int expert_ = 0, limit_ = 0;  // limit_: the row at which the results end
+  int end_ = 0;  // of the expert's rows
 };
 
 // --- the kernel
@@ -604,7 +482,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
   uint64_t* const empty = full + kStages;
-  uint8_t* const landing = reinterpret_cast<uint8_t*>(empty + kStages);
   const auto own_tile = [&](int stage) { return stages + stage * kStageBytes; };
   const auto shared_tile = [&](int stage) { return own_tile(stage) + kOwnBytes; };
 
@@ -707,7 +584,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
     };
     float acc[128];
-    std::conditional_t<DEFERRED, Deferred<TASK>, AtOnce> last(g, landing);
+    std::conditional_t<DEFERRED, Deferred, AtOnce> last(g);
     for (bool first = true; walk.next(t); first = false) {
       const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(kLead, steps) - 1 : -1;
       if (first && consumer == 1) named_sync(1, 256);
@@ -727,7 +604,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       const Place place = TASK == Task::grad_right
                               ? Place{t.column + consumer * 128 + warp * 16 + lane / 4, t.own, q} : own;
       float weight[2] = {};  // read before the products, which hide the latency
-      if constexpr (TASK == Task::down_backward && !DEFERRED) {
+      if constexpr (TASK == Task::down_backward) {
         Activations::prefetch(g, t, t.own + consumer * 64);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -752,27 +629,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       };
       arrived();
       if constexpr (DEFERRED) {
-        int choice[2];
-        const auto products_before = [&](int slot) __attribute__((always_inline)) {
-          constexpr int kSlots = Deferred<TASK>::kSlots;  // the first has steps to hide behind, and so has the last
+        last.run([&](int slot) __attribute__((always_inline)) {  // the first has steps to hide behind, and so has the last
 #pragma unroll 1
-          for (const int until = (steps * (slot + 1) + kSlots - 1) / kSlots; k < until;) step();
-        };
-        const auto weights_after = [&](int slot) __attribute__((always_inline)) {
-          if constexpr (TASK == Task::down_backward) {  // late, when registers are free, and each after some steps
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int row = own.row + 8 * half;
-              if (slot == Deferred<TASK>::kSlots - 4) choice[half] = row < t.end ? __ldg(g.slot + row) : -1;
-              if (slot == Deferred<TASK>::kSlots - 3)
-                weight[half] = choice[half] >= 0 ? __ldg(g.weights + choice[half]) : 0;
-            }
-          }
-        };
-        last.run(products_before, weights_after);
+          for (const int until = (steps * (slot + 1) + Deferred::kSlots - 1) / Deferred::kSlots; k < until;) step();
+        });
         wgmma_wait<0>();
         release(turn.last());
-        last.take(acc, t, place, weight);
+        last.take(acc, t, own);
       } else {
         while (k < steps) step();
         if constexpr (TASK == Task::down_backward) {
@@ -792,7 +655,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         }
       }
     }
-    if constexpr (DEFERRED) last.run([](int) {}, [](int) {});
+    if constexpr (DEFERRED) last.run([](int) {});
   }
   cluster_sync();  // a CTA must not leave while its partner may still signal its barriers
 }
