@@ -4,110 +4,108 @@ import dataclasses
 import json
 import random
 import re
-import struct
+import time
 
 import pytest
 
 pytest.importorskip("datatrove")
 
+from little import little  # noqa: E402, F401
+from rich.console import Console
+
 from qwen3_model import load
-from training import corpus
+from training.data import shards
 from training.recipes import base, raw
-from training.recipes.base import Base
+from training.recipes.base import Raw
+from training.recipes.clock import Clock
 from training.recipes.stages import SCALES
 
 TINY = dataclasses.replace(
-    SCALES["tiny"], seq_len=32, batch_tokens=256, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate_size=64,
-    eval_tokens=64,
+    SCALES["tiny"], tokens=(4000, 2000, 2000), seq_len=32, batch_tokens=256, hidden_size=32, layers=2, heads=2, kv_heads=1,
+    head_dim=16, intermediate_size=64, eval_tokens=64,
 )
-
-GERMAN = (
-    "der die das und nicht mit eine einer wurde konnte werden Datei Verzeichnis gelesen geschrieben Fehler Wert Zeile Befehl weil "
-    "ungültig angegeben Anzahl Schlüssel Benutzer Kennwort falsch bereits vorhanden geöffnet Ausgabe während über"
-).split()
+SIZES = Raw(problems=40, chains=60, vocabulary=450, workers=1)
 
 
-@pytest.fixture
-def little(monkeypatch, tmp_path):
-    """A machine with a little of everything, in place of this one."""
-    rng = random.Random(0)
-    words = "value list file name error open read write number text string path line index table state".split()
-    docs = []
-    for i in range(60):
-        body = "".join(f"def {a}_{b}({c}):\n    # {d} the {a} of the {b}\n    return {c} + {rng.randrange(99)}\n\n\n"
-                       for a, b, c, d in (rng.choices(words, k=4) for _ in range(rng.choice((8, 20, 60)))))
-        docs.append(corpus.Document("sympy" if i % 3 else "stdlib", f"m{i}.py", body))
-        docs.append(corpus.Document("topics", f"t{i}", " ".join(rng.choices(words + ["the", "of", "and"], k=120)) + "."))
-    monkeypatch.setattr(corpus, "documents", lambda packages: iter(docs))
-    (tmp_path / "locale" / "xx" / "LC_MESSAGES").mkdir(parents=True)
-    catalogue(tmp_path / "locale" / "xx" / "LC_MESSAGES" / "a.mo", {
-        f"key {i}": " ".join(rng.choices(GERMAN, k=12)).capitalize() + "." for i in range(240)})
-    (tmp_path / "locale" / "xx" / "LC_MESSAGES" / "b.mo").write_bytes(b"not a catalogue, but long enough to look like one")
-    monkeypatch.setattr(raw, "LOCALES", tmp_path / "locale")
-    monkeypatch.setattr(raw, "MANUALS", tmp_path / "nothing")
-    monkeypatch.setattr(base, "VOCABULARY", 450)
-
-
-def catalogue(file, messages):
-    """A gettext .mo file."""
-    keys, values = [k.encode() for k in messages], [v.encode() for v in messages.values()]
-    start = 28 + 16 * len(keys)
-    table, blob = b"", b""
-    for part in (keys, values):
-        for s in part:
-            table += struct.pack("<2I", len(s), start + len(blob))
-            blob += s + b"\0"
-    file.write_bytes(struct.pack("<7I", 0x950412DE, 0, len(keys), 28, 28 + 8 * len(keys), 0, 0) + table + blob)
+def clock_in(folder):
+    return Clock(folder / "seconds.json", Console(quiet=True))
 
 
 def test_from_raw_files_to_a_base_model(little, tmp_path):
-    options = Base(out=tmp_path / "base", tokens=4000, problems=40, workers=1)
-    results = base.run(options, TINY, quiet=True)
+    out = tmp_path / "base"
+    clock = clock_in(out)
+    results = base.run(out, SIZES, TINY, clock, quiet=True)
     assert list(results["stages"]) == ["s1", "s2", "s3"]
-    assert results["stages"]["s1"]["held_out"]["loss"] < 4 and "domain=code" in results["stages"]["s1"]["held_out"]
+    s1 = results["stages"]["s1"]
+    assert s1["held_out"]["loss"] < 4 < s1["held_out before"]["loss"] and "domain=code" in s1["held_out"]
     assert set(results["card"]["tokens by"]["domain"]) == {"code", "documentation", "interface", "reasoning"}
     assert set(results["card"]["tokens by"]["language"]) == {"de", "en", "zxx"}
+    assert set(results["card"]["sources"]) == {"code", "docs", "translations", "problems", "chains"}
     assert set(results["card"]["evals"]) == {"eval"} and results["card"]["classifier"]["domain"]["accuracy"] > 0.9
-    assert load.load(tmp_path / "base" / "s3" / "model").config.max_position_embeddings == 256
-    page = (options.out / "report.html").read_text()
-    assert "Needle" in page and "<svg" in page and not re.search(r"<script|(src|href)\s*=|url\(|@import", page)
-    assert (options.out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert load.load(out / "s3" / "model").config.max_position_embeddings == 256
+    assert 0 < results["bits_per_byte"]["this model, after S3"] < 8
+    page = "".join(f"<h2>{heading}</h2>{html}" for heading, html in base.sections(out, results))
+    assert "Needle" in page and page.count("<svg") == 1 and not re.search(r"<script|(src|href)\s*=|url\(|@import", page)
 
-    for name in ("report.html", "results.json"):  # stopped at the end: what is done is not done again
-        (options.out / name).unlink()
-    again = base.run(options, TINY, quiet=True)
-    assert again["stages"] == results["stages"] and again["seconds"].keys() == results["seconds"].keys()
-    with pytest.raises(ValueError, match="options.json is of a run with other seed;"):
-        base.run(dataclasses.replace(options, seed=1), TINY, quiet=True)
+    student = base.student(out, dataclasses.replace(TINY, hidden_size=16, heads=1), quiet=True)
+    assert (student / "tokenizer.json").read_bytes() == (out / "s3" / "model" / "tokenizer.json").read_bytes()
+    again = base.run(out, SIZES, TINY, clock_in(out), quiet=True)  # what is done is not done again
+    assert again == results
+    with pytest.raises(ValueError, match="result.json is of a run with other seed;"):
+        base.run(out, SIZES, TINY, clock, seed=1, quiet=True)
 
 
-def test_options_are_compared_from_the_start(little, tmp_path, monkeypatch):
-    def stopped(*_):
+def test_chains_are_in_every_stage(little, tmp_path):
+    base.prepare(tmp_path, SIZES, 0)
+    base.build(tmp_path, SIZES, True)
+    shares = [
+        base.stages.mixture(s, base.Paths(tmp_path / "data" / "shards", tmp_path / "tokenizer.json", tmp_path), 4.0)[0]
+        for s in (stage(TINY) for stage in base.STAGES)
+    ]
+    own = [sum(p.weight for p in m.parts if p.path.name == "mathematics.reasoning.zxx.4") for m in shares]
+    assert 0.05 < own[0] < own[1] and own[2] > own[0], "S2 and S3 have more of them"
+
+
+def test_unigram_is_the_entropy_of_the_tokens(tmp_path):
+    shards.write(tmp_path / "a", [([1, 1, 1, 2, 2], 10)], vocab_size=64, end_of_text=3)
+    shards.write(tmp_path / "b", [([3], 6)], vocab_size=64, end_of_text=3)
+    bits = 3 * 1.4150374992788437 + 2 * 2 + 3 * 1.4150374992788437  # -log2 of 3/8, 2/8, 3/8
+    assert base.unigram([shards.TokenShards(tmp_path / n) for n in "ab"]) == pytest.approx(bits / 16)
+
+
+def test_compressors():
+    noise = "".join(random.Random(0).choices("0123456789abcdef", k=60_000)).encode()
+    gzip, xz, behind = base.compressed(noise, noise[50_000:]).values()
+    assert 4 < gzip < 5 and 4 < xz < 5, "hexadecimal digits hold four bits"
+    assert behind < 0.3, "a text that was seen costs next to nothing"
+
+
+def test_clock_adds_up_over_processes(tmp_path):
+    first = clock_in(tmp_path)
+    with first("a"):
+        pass
+    first.seconds["a"] = [10.0, 5.0]
+    with first("b"):
+        first.beat = 0.01
+    with pytest.raises(InterruptedError), first("c"):
         raise InterruptedError
-
-    options = Base(out=tmp_path / "base", problems=40, workers=1)
-    monkeypatch.setattr(base, "build", stopped)
-    for _ in range(2):  # the same options go on
-        with pytest.raises(InterruptedError):
-            base.run(options, TINY, quiet=True)
-    with pytest.raises(ValueError, match="options.json is of a run with other problems;"):
-        base.run(dataclasses.replace(options, problems=50), TINY, quiet=True)
-    with pytest.raises(ValueError, match="options.json is of a run with other scale.lr;"):
-        base.run(options, dataclasses.replace(TINY, lr=1e-3), quiet=True)
+    base.write_json(first.file, first.seconds | {"a": [10.0, 5.0]})
+    again = clock_in(tmp_path)
+    with again("a"):
+        sum(range(10**6))
+    wall, cpu = clock_in(tmp_path).seconds["a"]
+    assert 10 < wall < 20 and 5 < cpu < 15 and set(again.seconds) == {"a", "b", "c"}
+    rows = again.rows()
+    assert rows[-1][0] == "all" and float(rows[-1][1]) >= 10
 
 
-def test_tokens_follow_from_the_minutes(little, tmp_path):
-    class Silent:
-        def print(self, *_, **__):
-            pass
-
-    options = Base(out=tmp_path / "base", problems=40, workers=1, minutes=0.05)
-    base.prepare(options, options.out)
-    base.build(options, options.out, True)
-    short = base.plan(options, TINY, options.out, "cpu", Silent())
-    assert all(n % 256 == 0 and n >= 20 * 256 for n in short) and not (options.out / "speed").exists()
-    long = base.plan(dataclasses.replace(options, minutes=5.0), TINY, options.out, "cpu", Silent())
-    assert all(b > 3 * a for a, b in zip(short, long))
+def test_clock_beats_while_a_part_runs(tmp_path):
+    clock = Clock(tmp_path / "seconds.json", Console(quiet=True), beat=0.02)
+    with clock("a"):
+        deadline = time.monotonic() + 10
+        while not clock.file.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert json.loads(clock.file.read_text())["a"][0] > 0, "a process that is killed now has lost little"
 
 
 def test_worked_problems_are_right():
@@ -128,18 +126,15 @@ def test_explained_share():
     assert 0.4 < raw.explained('"""One\ntwo."""\ny = "short"\n') < 0.6 and raw.explained("def (:\n  '") >= 0
 
 
-def test_options(capsys):
-    with pytest.raises(SystemExit) as stop:
-        base.main(["--epochs", "3"])
-    assert stop.value.code == 2 and "--epochs" in "".join(capsys.readouterr())
-    for changes in ({"minutes": 0}, {"scale": "huge"}, {"workers": 0}, {"tokens": -1}):
+def test_sizes_out_of_range():
+    for changes in ({"workers": 0}, {"code_mb": -1}, {"chains": -1}):
         with pytest.raises(ValueError, match="expected"):
-            Base(**changes)
+            Raw(**changes)
 
 
 def test_raw_files_of_this_machine(tmp_path):
-    sources = raw.gather(tmp_path / "raw", code_bytes=200_000, language_bytes=2_000, problems=10)
-    assert {s["name"] for s in sources} >= {"code", "docs", "problems"}
+    sources = raw.gather(tmp_path / "raw", code_bytes=200_000, language_bytes=2_000, problems=10, chains=5)
+    assert {s["name"] for s in sources} >= {"code", "docs", "problems", "chains"}
     code = [json.loads(line) for f in sorted((tmp_path / "raw" / "code").glob("*.jsonl")) for line in f.read_text().splitlines()]
     assert 0.2 < sum("labels" in c for c in code) / len(code) < 0.8 and len({c["id"].split("/")[0] for c in code}) > 2
     assert list(raw.sample(tmp_path / "raw"))

@@ -15,7 +15,7 @@ from training import checkpoint, sft
 from training.distill import DistillConfig
 from training.filters import Validation
 from training.log import FILE
-from training.recipes import cold_start, distill, fusion, general_rl, path, reasoning_rl, tiny
+from training.recipes import cold_start, distill, fusion, general_rl, path, raw, reasoning_rl
 from training.rewards.chains import Chain, worked
 from training.rl import RLConfig, held_out
 from training.sft import SFTConfig, encode
@@ -28,28 +28,34 @@ def problems(count, level=2, flag=""):
     return [Chain(flag).problem(i, level) for i in range(count)]
 
 
-def test_the_vocabulary_has_digits_and_the_formats_words(tokenizer):
-    assert tokenizer.vocab_size == tiny.VOCAB_SIZE
-    assert [tokenizer.decode([i]) for i in tokenizer.encode("e3f+2")] == list("e3f+2")
-    assert len(tokenizer.encode("<|im_start|>user\n")) == 3 and len(tokenizer.encode("\n\n")) == 1
+def chain_texts(count):
+    return [raw.chain(random.Random(i)) for i in range(count)]
 
 
-def test_base_text():
-    texts = list(tiny.texts(400, 1))
-    assert texts == list(tiny.texts(400, 1)) != list(tiny.texts(400, 2))
+def asked(texts):
+    return {t.split("\n")[0].removesuffix("<|im_end|>") for text in texts for t in text.split("<|im_start|>user\n")[1:]}
+
+
+def test_worked_chains():
+    texts = chain_texts(300)
     chats = [t for t in texts if t.startswith("<|im_start|>user\n")]
-    assert 180 < len(chats) < 300 and not any("think" in t for t in texts)
-    for t in chats[:20]:
-        chain = t.split("\n")[1].removesuffix("<|im_end|>")
-        assert f"\n{worked(chain)}\n\n{worked(chain)[-1]}<|im_end|>" in t
-    asked = {t.split("\n")[1].removesuffix("<|im_end|>") for t in chats}
-    assert {len(chain) for chain in asked} == {5, 8, 11, 14, 17}
+    assert texts == chain_texts(300) and 130 < len(chats) < 220 and not any("think" in t for t in texts)
+    for t in chats[:40]:
+        for part in t.split("<|im_start|>user\n")[1:]:
+            chain = part.split("\n")[0].removesuffix("<|im_end|>")
+            assert f"\n{worked(chain)}\n\n{worked(chain)[-1]}<|im_end|>" in part
+    assert {len(chain) for chain in asked(chats)} == {5, 8, 11, 14, 17}
+    assert {t.count("<|im_start|>user") for t in chats} == {1, 4, 16}
+    for t in set(texts) - set(chats):
+        for line in t.split("\n"):
+            left, right = line.split("=")
+            assert eval(left) % 10 == int(right)
 
 
 def test_no_stage_trains_on_a_held_out_problem():
-    asked = {t.split("\n")[1].removesuffix("<|im_end|>") for t in tiny.texts(6000, 1) if t.startswith("<|im_start|>user\n")}
-    asked |= {path.draw(what, 0, i, name, 3).data["chain"] for what in ("cold", "off") for i in range(600) for name in path.FAMILIES}
-    assert not asked & {p.data["chain"] for level in path.LEVELS for p in held_out(path.FAMILIES, level, 64)}
+    seen = asked(chain_texts(2000))
+    seen |= {path.draw(what, 0, i, name, 3).data["chain"] for what in ("cold", "off") for i in range(600) for name in path.FAMILIES}
+    assert not seen & {p.data["chain"] for level in path.LEVELS for p in held_out(path.FAMILIES, level, 64)}
 
 
 def test_cold_start_keeps_the_good_responses():
@@ -83,8 +89,6 @@ def test_recipes_are_configs():
     assert isinstance(rl, RLConfig) and len(rl.families) >= 20 and len(general.families) >= 20 and general.steps == 7
     with pytest.raises(TypeError, match="stepz"):
         reasoning_rl.recipe(A, B, stepz=7)
-    with pytest.raises(ValueError, match="seeds"):
-        path.Options(seeds=())
 
 
 def test_the_budget_cuts_the_thinking(model, tokenizer, monkeypatch):

@@ -5,13 +5,15 @@ import pytest
 from qwen3_model import load
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
-from training.recipes import tiny
+from qwen3_model.tokenizer import train_bpe
+
+VOCAB_SIZE = 307  # bytes, the chat format's 26 tokens, and all merges that the words below give
 
 
 @pytest.fixture(scope="session")
 def vocabulary(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
-    tiny.tokenizer(path)
+    train_bpe(["user assistant system /think /no_think\n\n"] * 50, VOCAB_SIZE, path)
     return path
 
 
@@ -24,7 +26,7 @@ def tokenizer(vocabulary):
 
 def small(**changes):
     sizes = {
-        "vocab_size": tiny.VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "rope_theta": 10_000,
         "max_position_embeddings": 256, "tie_word_embeddings": True, "initializer_range": 0.1,
     }

@@ -1,27 +1,22 @@
-"""The whole post-training path on a model of 0.3M parameters, on two CPU cores: ``python -m training.recipes.path``.
+"""All of post-training on a model of a few hundred thousand parameters: the second half of `demo`.
 
-base training -> long-CoT cold start -> reasoning RL -> thinking-mode fusion -> general RL, then a smaller student by
+base model -> long-CoT cold start -> reasoning RL -> thinking-mode fusion -> general RL, then a smaller student by
 off-policy and on-policy distillation, beside the same student by RL. The task is `rewards.chains`; the stages are those of
 `cold_start`, `reasoning_rl`, `fusion`, `general_rl` and `distill` with the sizes below. Everything measured is measured on
 problems that no stage trains on, in any mode (`rewards.reserved`). A run that is stopped goes on where it was.
-
-It writes report.html, plots/*.png and results.json; with several seeds one folder each, and what holds in all of them.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from qwen3_model import load as model_io
 from qwen3_model.chat import encode_chat, parse
@@ -30,19 +25,19 @@ from qwen3_model.model import Qwen3
 from qwen3_model.sampling import SamplingParams
 from qwen3_model.tokenizer import Tokenizer
 
-from .. import environment, report, sft
+from .. import report, sft
 from ..config import to_json
 from ..distill import distill, teacher_data
 from ..filters import Validation
 from ..log import read_metrics
-from ..files import write_json
 from ..losses import cross_entropy
 from ..rewards import Problem, find, mixed_seed, rng_of
 from ..rewards.chains import Chain, worked
 from ..rl import Episode, held_out, play, reinforce, summary
 from ..rollout import invariant
 from ..samples import packs
-from . import cold_start, distill as distillation, fusion, general_rl, reasoning_rl, tiny
+from . import cold_start, distill as distillation, fusion, general_rl, reasoning_rl
+from .clock import Clock
 
 FAMILIES = {name: Chain(flag) for name, flag in (("chain", ""), ("chain/think", "/think"), ("chain/no_think", "/no_think"))}
 LEVELS = (0, 1, 2, 3, 4)  # chains of 2 to 6 numbers
@@ -53,7 +48,6 @@ PLAY = {"max_tokens": 64, "max_prompt": 48, "slots": 256}
 class Sizes:
     """Steps and rates, chosen by experiment (docs/LOG.md)."""
 
-    base_steps: int = 500
     cold_queries: int = 1200
     cold_steps: int = 30
     rl_steps: int = 80
@@ -61,7 +55,6 @@ class Sizes:
     fusion_rows: int = 1500  # of each kind
     fusion_steps: int = 200
     general_steps: int = 30
-    student_base_steps: int = 500
     off_policy_steps: int = 150
     student_steps: int = 40
     student_rl_steps: int = 80  # about as long as distillation's, which reads the teacher, too
@@ -70,56 +63,38 @@ class Sizes:
     eval_problems: int = 128  # per level and mode
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of the command line."""
-
-    out: Path = Path("runs/qwen3-path")
-    seeds: tuple[int, ...] = (0,)
-    check: bool = False  # exit with an error when a claim of the report does not hold
-    threads: int = 1  # torch's; with 1 sampler and trainer give the same bits, and small models are fastest
-    sizes: Sizes = field(default_factory=Sizes)
-
-    def __post_init__(self) -> None:
-        if not self.seeds or min(self.seeds) < 0 or self.threads < 1:
-            raise ValueError(f"seeds {self.seeds}, threads {self.threads}; expected seeds from 0 on and at least one thread")
-
-
 # ---- the stages --------------------------------------------------------------------------------------------------------
 
 
-def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict[str, Any]:
-    """One run of the path; returns what results.json holds."""
-    console, seconds, found = Console(quiet=quiet, highlight=False, soft_wrap=True), {}, {}
+def run(
+    out: Path, base: Path, student_base: Path, sizes: Sizes, clock: Clock, *, seed: int = 0, quiet: bool = False,
+) -> dict[str, Any]:
+    """Runs or resumes the path in ``out`` from the folders of two base models of one vocabulary; returns what was measured.
+    The model that comes out is ``out/general/model``."""
+    console, found = clock.console, {}
     small = {"seed": seed, "dtype": "float32", "device": "cpu", "log_every": 20, "save_every": 20, "tokens_per_pack": 8192}
     rl_small = small | PLAY | {
         "groups": sizes.groups, "group_size": sizes.group_size, "workers": 1, "level": 1, "easy_share": 0.5,
     }
     tune = {"rows": 32, "schedule": "wsd", "decay": 0.5, "warmup": 5, "max_tokens": 128} | small
+    tok = Tokenizer.from_file(base / "tokenizer.json")
 
     def stage(name: str, work: Callable[[], Path]) -> Path:
-        console.rule(name, align="left")
-        start = time.perf_counter()
-        folder = work()
-        seconds[name] = time.perf_counter() - start
-        return folder
+        with clock(name):
+            return work()
 
     def measured(name: str, folder: Path, families: Sequence[str], several: bool = False) -> None:
-        start = time.perf_counter()
-        model, tok = opened(folder)
-        found[name] = {f: measure(model, tok, f, sizes.eval_problems) for f in families}
-        if several:
-            found[name][families[0]]["pass_at_8"] = pass_at(model, tok, families[0], max(1, sizes.eval_problems // 4), 8)
-        seconds["evaluation"] = seconds.get("evaluation", 0.0) + time.perf_counter() - start
+        with clock("evaluation", heading=False):
+            model, _ = opened(folder)
+            found[name] = {f: measure(model, tok, f, sizes.eval_problems) for f in families}
+            if several:
+                found[name][families[0]]["pass_at_8"] = pass_at(model, tok, families[0], max(1, sizes.eval_problems // 4), 8)
         for family, result in found[name].items():
             console.print(f"  {name}, {family}: reward {result['reward']:.3f}, format {result['format']:.3f}, thinking tokens "
                           f"{result['thinking_tokens']:.1f}; by length " + " ".join(f"{v:.2f}" for v in result["by_level"]),
                           markup=False)
 
-    base = stage("base", lambda: tiny.base(out / "base", steps=sizes.base_steps, seed=seed, quiet=quiet))
-    tok = Tokenizer.from_file(base / "tokenizer.json")
     measured("base", base, ["chain"])
-
     validation = Validation(p.messages[-1]["content"] for p in held_out(FAMILIES, 2, 64))
     queries = [draw("cold", seed, i, "chain", 2) for i in range(sizes.cold_queries)]
     candidates = cold_start.chain_candidates(queries, seed)
@@ -158,10 +133,6 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
         "entropy_band": (0.03, 0.9), "eval_every": 0})), quiet=quiet))
     measured("general RL", general, modes)
 
-    student_base = stage("student's base", lambda: tiny.base(
-        out / "student", steps=sizes.student_base_steps, width=64, seed=seed + 1000, vocabulary=base / "tokenizer.json",
-        quiet=quiet))
-
     def off_policy() -> Path:
         model, _ = opened(general)
         problems = [draw("off", seed, i, f, 3) for i in range(sizes.fusion_rows) for f in modes[1:]]
@@ -181,28 +152,18 @@ def run_seed(out: Path, sizes: Sizes, seed: int, *, quiet: bool = False) -> dict
                 "eval_every": 0})), quiet=quiet))
     measured("RL of the student", student_rl, modes[1:], several=True)
 
-    console.rule("thinking budget", align="left")
-    model, _ = opened(general)
-    budgets = budget_curve(model, tok, sizes.eval_problems)
-    results = {
-        "seed": seed, "sizes": to_json(sizes), "stages": found, "seconds": seconds, "funnel": dict(funnel), "budgets": budgets,
-        "parameters": {"model": model_size(base), "student": model_size(student_base)}, "invariant": invariant(model),
-        "nll": {
+    with clock("thinking budget"):
+        model, _ = opened(general)
+        budgets = budget_curve(model, tok, sizes.eval_problems)
+        losses = {
             "cold start": [nll(folder, ["chain"]) for folder in (base, cold)],
             "fusion": [nll(folder, modes) for folder in (rl, fused)],
-        },
-        "no_cold_start": control,
-        "samples": samples(model, tok), "environment": environment.describe("cpu", torch.float32),
+        }
+    return {
+        "stages": found, "funnel": dict(funnel), "budgets": budgets, "nll": losses, "no_cold_start": control,
+        "parameters": {"model": model_size(base), "student": model_size(student_base)}, "invariant": invariant(model),
+        "sizes": to_json(sizes), "samples": samples(model, tok),
     }
-    results["checks"] = checks(results, out)
-    write_json(out / "results.json", results)
-    write_report(out, results)
-    table = Table("claim", "measured", "bound", "holds", box=None, pad_edge=False)
-    for c in results["checks"]:
-        table.add_row(c["claim"], c["measured"], c["bound"], "yes" if c["holds"] else "[bold red]no[/]")
-    console.print(table)
-    console.print(f"report: {out / 'report.html'}   {sum(seconds.values()) / 60:.1f} minutes", markup=False)
-    return results
 
 
 def draw(purpose: str, seed: int, number: int, family: str, top: int) -> Problem:
@@ -336,7 +297,8 @@ def checks(results: Mapping[str, Any], out: Path) -> list[dict[str, Any]]:
 # ---- the report --------------------------------------------------------------------------------------------------------
 
 
-def write_report(out: Path, results: Mapping[str, Any]) -> None:
+def sections(out: Path, results: Mapping[str, Any], seconds: Mapping[str, Sequence[float]]) -> list[tuple[str, str]]:
+    """Of the report page. Also writes plots/*.png. ``seconds``: of a `Clock`."""
     charts = plots(out, results)
     (out / "plots").mkdir(exist_ok=True)
     for name, (series, x, y) in charts.items():
@@ -351,11 +313,10 @@ def write_report(out: Path, results: Mapping[str, Any]) -> None:
     parts = {"off": off, "on": on, "rl": control}
     mean = {name: statistics.fmean(r["reward"] for r in part.values()) for name, part in parts.items()}
     verdict = "did better than" if mean["on"] > mean["rl"] else "did not do better than"
+    spent = {name: seconds[name][1] for name in ("on-policy distillation", "RL of the student")}
     n = results["sizes"]["eval_problems"]
-    sections = [
-        ("What holds", report.table(("claim", "measured", "bound", "holds"), [
-            (c["claim"], c["measured"], c["bound"], "yes" if c["holds"] else "NO") for c in results["checks"]])),
-        ("Before and after each stage",
+    return [
+        ("Post-training: before and after each stage",
          report.table(("stage", "prompt", *(f"{level + 2} numbers" for level in LEVELS), "reward", "format", "thinking tokens",
                        "entropy", "pass@8"), rows)
          + f"<p>Held-out reward: the right answer in the right format, sampled at temperature 1, {n} problems per cell "
@@ -363,20 +324,16 @@ def write_report(out: Path, results: Mapping[str, Any]) -> None:
         ("Distillation",
          f"<p>Student of {results['parameters']['student']:,} parameters, steps of as many conversations each: from "
          f"{mean['off']:.3f} after off-policy distillation to {mean['on']:.3f} in {results['sizes']['student_steps']} steps on-policy "
-         f"({results['seconds']['on-policy distillation']:.0f} s) and {mean['rl']:.3f} in {results['sizes']['student_rl_steps']} of RL "
-         f"({results['seconds']['RL of the student']:.0f} s); pass@8 under /think {off['chain/think']['pass_at_8']:.3f}, "
+         f"({spent['on-policy distillation']:.0f} s of CPU time) and {mean['rl']:.3f} in {results['sizes']['student_rl_steps']} of RL "
+         f"({spent['RL of the student']:.0f} s); pass@8 under /think {off['chain/think']['pass_at_8']:.3f}, "
          f"{on['chain/think']['pass_at_8']:.3f} and {control['chain/think']['pass_at_8']:.3f}. On-policy distillation {verdict} "
          "RL here.</p>"),
         *((title, report.chart(series, x=x, y=y)) for title, (series, x, y) in charts.items()),
         ("Without a cold start", f"<p>Reasoning RL from the base model: {escape(results['no_cold_start'])}.</p>"),
         ("Cold start: what the filters kept", report.table(("reason", "responses"), sorted(results["funnel"].items()))),
-        ("Samples", "".join(f"<pre>{escape(prompt)}<b>{escape(text)}</b></pre>" for prompt, text in results["samples"])),
-        ("Time", report.table(("stage", "seconds"), [(k, f"{v:.0f}") for k, v in results["seconds"].items()])
-         + report.table(("", ""), [(k, results["environment"][k]) for k in ("device", "platform", "python", "torch", "threads")])),
+        ("Samples in both modes", "".join(
+            f"<pre>{escape(prompt)}<b>{escape(text)}</b></pre>" for prompt, text in results["samples"])),
     ]
-    lead = (f"{results['parameters']['model']:,} parameters, chains of sums, seed {results['seed']}, "
-            f"{sum(results['seconds'].values()) / 60:.1f} minutes")
-    report.write(out / "report.html", report.page("Qwen3's post-training path, in small", lead, sections))
 
 
 def plots(out: Path, results: Mapping[str, Any]) -> dict[str, tuple[dict[str, list[report.Point]], str, str]]:
@@ -424,40 +381,3 @@ def png(path: Path, series: Mapping[str, Sequence[report.Point]], x: str, y: str
     tmp = path.with_name(f".{path.name}.tmp")
     figure.savefig(tmp, format="png", dpi=110)
     tmp.rename(path)
-
-
-def run(options: Options, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """All seeds. Raises RuntimeError with ``check`` when a claim does not hold in one of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        found = []
-        for seed in options.seeds:
-            out = options.out if len(options.seeds) == 1 else options.out / f"seed-{seed}"
-            out.mkdir(parents=True, exist_ok=True)
-            found.append(run_seed(out, options.sizes, seed, quiet=quiet))
-    finally:
-        torch.set_num_threads(before)
-    broken = [
-        f"seed {r['seed']}: {c['claim']} ({c['measured']}; bound {c['bound']})"
-        for r in found for c in r["checks"] if not c["holds"]
-    ]
-    if options.check and broken:
-        raise RuntimeError("; ".join(broken))
-    return found
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    try:
-        import tyro
-    except ImportError as e:
-        raise SystemExit("tyro is not installed: pip install 'qwen3-kernels[train]'") from e
-    options = tyro.cli(Options, args=args, prog="python -m training.recipes.path", description=__doc__)
-    try:
-        run(options)
-    except (RuntimeError, ValueError, OSError, ImportError) as e:
-        raise SystemExit(f"error: {e}") from e
-
-
-if __name__ == "__main__":
-    main()

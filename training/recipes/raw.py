@@ -1,6 +1,7 @@
 """Raw files for a small pre-training, from what a machine has: Python's standard library and documentation topics, the
 sources and documentation of installed packages, the translations of its programs (gettext, over a hundred languages where
-they are installed), manuals in HTML and PDF, and worked problems of arithmetic, which are made up here.
+they are installed), manuals in HTML and PDF, and worked problems of arithmetic and worked chains of sums
+(`rewards.chains`), which are made up here.
 
 In every format that ``training.data`` reads. Half of the documents come with labels, by rules that are simple on purpose;
 the classifier labels the rest. On a machine without translations or manuals there is less; nothing is downloaded.
@@ -21,6 +22,8 @@ from typing import Any
 
 from .. import corpus
 from ..files import write_jsonl
+from ..rewards import find
+from ..rewards.chains import Chain, worked
 
 PACKAGES = ("numpy", "rich", "jinja2", "networkx", "mpmath", "sympy")
 MATHEMATICS = frozenset({"sympy", "mpmath", "networkx"})
@@ -28,12 +31,14 @@ PARTS = 4  # files per source, so that as many tasks have something to do
 LOCALES, MANUALS = Path("/usr/share/locale"), Path("/usr/share/doc")
 
 
-def gather(folder: Path, *, code_bytes: int, language_bytes: int, problems: int, seed: int = 0) -> list[dict[str, Any]]:
+def gather(
+    folder: Path, *, code_bytes: int, language_bytes: int, problems: int, chains: int = 0, seed: int = 0,
+) -> list[dict[str, Any]]:
     """Writes the raw files and returns the sources of a ``data.build.Build`` as JSON would give them.
 
     Args:
         code_bytes: of Python sources, a third of them of mathematics. language_bytes: of translations, per language.
-        problems: documents of worked problems.
+        problems: documents of worked problems. chains: of worked chains.
     """
     shutil.rmtree(folder, ignore_errors=True)
     docs = list(corpus.documents(packages=PACKAGES))
@@ -48,15 +53,17 @@ def gather(folder: Path, *, code_bytes: int, language_bytes: int, problems: int,
         file.write_text(d.text, encoding="utf-8")
     parquet(folder / "translations", list(translations(language_bytes)))
     in_parts(folder / "problems", [{"text": problem(random.Random(f"{seed} {i}"))} for i in range(problems)])
+    in_parts(folder / CHAINS, [{"text": chain(random.Random(f"{seed} chain {i}"))} for i in range(chains)])
     manuals = copy_manuals(folder / "manuals")
-    worked = {"field": "mathematics", "domain": "reasoning", "educational_value": "4", "safety": "safe"}
+    arithmetic = {"field": "mathematics", "domain": "reasoning", "educational_value": "4", "safety": "safe"}
     sources = [
         {"name": "code", "path": str(folder / "code"), "format": "jsonl", "kind": "code"},
         {"name": "docs", "path": str(folder / "docs"), "format": "text", "kind": "curated",
          "labels": {"field": "computing", "domain": "documentation", "educational_value": "3", "safety": "safe"}},
         {"name": "translations", "path": str(folder / "translations"), "format": "parquet",
          "labels": {"field": "computing", "domain": "interface", "educational_value": "1", "safety": "safe"}},
-        {"name": "problems", "path": str(folder / "problems"), "format": "jsonl", "kind": "curated", "labels": worked},
+        {"name": "problems", "path": str(folder / "problems"), "format": "jsonl", "kind": "curated", "labels": arithmetic},
+        {"name": CHAINS, "path": str(folder / CHAINS), "format": "jsonl", "kind": "code", "labels": arithmetic},
         *({"name": kind, "path": str(folder / "manuals" / kind), "format": kind} for kind in manuals),
     ]
     return [s for s in sources if any(p.is_file() for p in Path(s["path"]).rglob("*"))]
@@ -179,6 +186,26 @@ def problem(rng: random.Random, parts: int = 6) -> str:
     return "\n\n".join(out)
 
 
+CHAINS = "chains"
+LENGTHS = {2: 30, 3: 30, 4: 30, 5: 5, 6: 5}  # of chains, and how often: long ones are rare
+
+
+def chain(rng: random.Random) -> str:
+    """Single sums; or questions with worked answers, as a corpus with synthetic instructions has them, without think blocks,
+    and none of them a held-out one (`rewards.reserved`). Of all lengths, so that there are some for rows of any."""
+    family = Chain()
+    if rng.random() < 0.4:
+        sums = (family.problem(rng.getrandbits(60), 0).data["chain"] for _ in range(rng.choice((12, 36, 108))))
+        return "\n".join(worked(s)[1:] for s in sums)
+    out = []
+    for _ in range(rng.choice((1, 4, 16))):
+        (length,) = rng.choices([*LENGTHS], [*LENGTHS.values()])
+        data = find(family, rng.getrandbits(60), length - 2).data
+        out.append(f"<|im_start|>user\n{data['chain']}<|im_end|>\n<|im_start|>assistant\n"
+                   f"{worked(data['chain'])}\n\n{data['answer']}<|im_end|>\n")
+    return "".join(out)
+
+
 def evaluation(file: Path, *, items: int = 60, seed: int = 0) -> None:
     """Problems of the same kind that the data must not hold."""
     made = [problem(random.Random(f"{seed} held out {i}"), parts=1).split("\nReasoning: ") for i in range(items)]
@@ -186,8 +213,10 @@ def evaluation(file: Path, *, items: int = 60, seed: int = 0) -> None:
 
 
 def sample(folder: Path, every: int = 4) -> Iterator[str]:
-    """Texts for a tokenizer: one file in so many of each source that is made of records, and every text file."""
-    for file in sorted(folder.rglob("*.jsonl"))[::every]:
+    """Texts for a tokenizer: one file in so many of each source that is made of records, and every text file. Chains are
+    single characters in any vocabulary, so of them it gets the chat format's words alone, as single tokens."""
+    yield from ("user assistant system /think /no_think\n\n",) * 2000
+    for file in sorted(f for f in folder.rglob("*.jsonl") if f.parent.name != CHAINS)[::every]:
         yield from (json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines())
     for file in sorted(folder.rglob("*.parquet"))[::every]:
         import pyarrow.parquet as pq

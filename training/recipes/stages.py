@@ -26,7 +26,7 @@ from qwen3_model.moe import load_balancing_loss
 from qwen3_model.tokenizer import Tokenizer
 
 from .. import probes
-from ..config import Config, to_json
+from ..config import DTYPES, Config, to_json
 from ..data import cells as cells_module
 from ..data.mixture import Mixture, of_cells, weights
 from ..data.packing import IGNORE, Batch
@@ -35,7 +35,7 @@ from ..environment import file_sha256
 from ..evaluation import HeldOut
 from ..files import check_settings, write_json
 from ..pretrain import LossFn, train
-from .demo import export
+from .export import export
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Scale:
     optimizer_states: Literal["float32", "float32-moments", "bfloat16"] = "float32"
     recompute: Literal["none", "norm+swiglu", "full"] = "none"
     micros: int = 1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_epochs: float = 4.0
     eval_tokens: int = 512  # per cell, while training; 8 times that at the end
 
@@ -76,18 +77,15 @@ class Scale:
         )
 
 
+TINY = Scale(
+    tokens=(500_000, 1_100_000, 400_000), seq_len=128, batch_tokens=2048, lr=1e-2, warmup=20, hidden_size=96, layers=3, heads=3,
+    kv_heads=1, head_dim=32, intermediate_size=256, initializer_range=0.08, optimizer="muon", dtype="float32", eval_tokens=1024,
+)
 SCALES = {
     # Two CPU cores and a few minutes; chosen in docs/LOG.md for the demo.
-    "tiny": Scale(
-        tokens=(700_000, 350_000, 350_000), seq_len=256, batch_tokens=1024, lr=1.5e-2, warmup=20, hidden_size=128, layers=4,
-        heads=2, kv_heads=1, head_dim=64, intermediate_size=384, initializer_range=0.08, optimizer="muon",
-    ),
+    "tiny": TINY,
     # The same with 8 experts of which a token uses 2, of equal active size.
-    "tiny-moe": Scale(
-        tokens=(700_000, 350_000, 350_000), seq_len=256, batch_tokens=1024, lr=1.5e-2, warmup=20, hidden_size=128, layers=4,
-        heads=2, kv_heads=1, head_dim=64, intermediate_size=384, experts=8, experts_per_token=2, expert_width=192,
-        initializer_range=0.08, optimizer="muon",
-    ),
+    "tiny-moe": replace(TINY, experts=8, experts_per_token=2, expert_width=TINY.intermediate_size // 2),
     # One H100: 60M parameters. Not run at this size yet.
     "h100": Scale(
         tokens=(400e6, 150e6, 60e6), seq_len=4096, batch_tokens=1 << 19, lr=2e-3, warmup=100, hidden_size=512, layers=10,
@@ -185,7 +183,7 @@ def config_of(stage: Stage, scale: Scale, paths: Paths, *, seed: int, device: st
         seq_len=stage.seq_len, rows=rows, micros=min(scale.micros, rows), lr=stage.lr, schedule="wsd",
         warmup=min(stage.warmup, steps // 4), decay=stage.decay, lr_floor=stage.lr_end, optimizer=scale.optimizer,
         optimizer_states=scale.optimizer_states, recompute=scale.recompute, spike_sigma=6.0, spike_window=64, async_save=True,
-        seed=seed, device=device, eval_every=max(1, steps // 2), log_every=max(1, steps // 20), save_every=max(1, steps // 3),
+        seed=seed, device=device, dtype=scale.dtype, eval_every=max(1, steps // 2), log_every=max(1, steps // 20), save_every=max(1, steps // 3),
         tensorboard=importlib.util.find_spec("tensorboard") is not None,
     )
 
@@ -236,20 +234,21 @@ def run(
     held = HeldOut(paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=scale.eval_tokens)
     final = train(config, model_config=model_config, loss_fn=loss_fn, eval_fn=held, quiet=quiet)
 
-    model = load.load(final, device=config.resolved().device)
+    config = config.resolved()
+    model = load.load(final, device=config.device)
     export(model, paths.tokenizer, paths.out / "model")
+    if paths.init is not None:
+        before = load.load(paths.init, device=config.device)
+    else:
+        before = Qwen3(model_config).init_weights(seed).to(config.device, DTYPES[config.dtype])
+    more = HeldOut(paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=8 * scale.eval_tokens)
     result = {
         "settings": settings, "stage": asdict(stage), "mixture": record, "steps": config.steps, "parameters": model_config.num_params(),
-        "active": model_config.num_params(active=True),
-        "held_out": HeldOut(paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=8 * scale.eval_tokens)(model),
+        "active": model_config.num_params(active=True), "held_out before": more(before), "held_out": more(model),
     }
     if stage.long_share:
-        result["probes"] = {stage.name: long_context(model, tokenizer, paths.shards, stage.seq_len, seed)}
-        if paths.init is not None:  # what it had before
-            before = load.load(paths.init, device=config.resolved().device)
-            result["probes"]["before"] = long_context(before, tokenizer, paths.shards, stage.seq_len, seed)
-            result["held_out before"] = HeldOut(
-                paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=8 * scale.eval_tokens)(before)
+        models = {stage.name: model, "before": before}
+        result["probes"] = {k: long_context(m, tokenizer, paths.shards, stage.seq_len, seed) for k, m in models.items()}
     write_json(done, result)
     return result
 
