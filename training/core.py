@@ -174,7 +174,8 @@ def train(
     (another process trains in ``out``), and what the stage raises.
     """
     config = config.resolved()
-    identity = {"config": to_json(config), "data": data or {}}
+    start = {"weights_sha256": environment.weights_sha256(config.start)}
+    identity = {"config": to_json(config), "data": data or {}, "start": start}
     final = config.out / "model"
     with locked(config.out):
         resumed = checkpoint.latest(config.out / "checkpoints")

@@ -20,7 +20,7 @@ from qwen3_model.tokenizer import Tokenizer
 
 from .config import DTYPES
 from .core import Run, command, train
-from .environment import file_sha256
+from .environment import file_sha256, weights_sha256
 from .losses import Divergence
 from .rewards import Family, Problem, mixed_seed
 from .rewards.families import SCORERS, make
@@ -76,7 +76,7 @@ def distill(config: DistillConfig, *, families: Mapping[str, Family] | None = No
             ]
             return summary(episodes) | {name: statistics.fmean(s[name] for s in stats) for name in stats[0]}
 
-        return train(config, step, data={"teacher": file_sha256(config.teacher / "config.json")}, quiet=quiet)
+        return train(config, step, data={"teacher": weights_sha256(config.teacher)}, quiet=quiet)
 
 
 if __name__ == "__main__":

@@ -41,4 +41,21 @@ def device_name(device: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return _sha256([Path(path)])
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of a model's safetensors files. Raises FileNotFoundError where there are none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no *.safetensors; expected a model folder")
+    return _sha256(files)
+
+
+def _sha256(files: list[Path]) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f:
+            while block := f.read(1 << 22):
+                found.update(block)
+    return found.hexdigest()

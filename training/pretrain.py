@@ -107,6 +107,8 @@ def train(
         if config.device.startswith("cuda"):  # what another loss takes is not known
             memory.check(config, model_config, torch.cuda.get_device_properties(config.device).total_memory)
     run = {"config": to_json(config), "model": model_config.to_dict(), "data": describe(loader)}
+    if config.init:
+        run["start"] = {"weights_sha256": environment.weights_sha256(config.init)}
 
     with locked(config.out):
         resumed = checkpoint.latest(config.out / "checkpoints")

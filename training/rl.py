@@ -33,7 +33,7 @@ from .config import require
 from .core import Run, TrainConfig, command, train
 from .losses import PRESETS, PolicyGradient, advantages, preset, token_weight
 from .rewards import EMPTY_BLOCK, Family, Problem, Reply, find, format_gate, mixed_seed, rng_of
-from .rewards.families import MAKERS, SCORERS, make
+from .rewards.families import MAKERS, SCORERS, make, maker
 from .rewards.workers import Pool
 from .rollout import Request, Roller, Rollout
 from .samples import Packed, Sample, packs
@@ -46,7 +46,7 @@ WINDOW = 4  # steps that a level's mean reward is taken over
 class RolloutConfig(TrainConfig):
     """What every stage has that trains on its own samples: `draw` and `play`."""
 
-    families: tuple[str, ...]  # names of rewards.families
+    families: tuple[str, ...]  # names of rewards.families, or module:attribute of one's own
     shares: tuple[float, ...] = ()  # of each family in the mix; () for equal ones
     groups: int = 32  # problems per step
     group_size: int = 8  # conversations per problem
@@ -65,8 +65,9 @@ class RolloutConfig(TrainConfig):
         for name in ("groups", "group_size", "mini_batches", "max_tokens", "max_prompt", "slots", "workers"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         self.require_pack(self.max_prompt + self.max_tokens, "max_prompt + max_tokens")
-        unknown = [f for f in self.families if f not in MAKERS]
-        require(bool(self.families) and not unknown, "families", unknown or self.families, f"some of {tuple(MAKERS)}")
+        require(bool(self.families), "families", self.families, f"some of {tuple(MAKERS)}, or module:attribute")
+        for name in self.families:
+            maker(name)
         right = not self.shares or (len(self.shares) == len(self.families) and all(s > 0 for s in self.shares))
         require(right, "shares", self.shares, f"{len(self.families)} positive numbers, one per family, or none")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")

@@ -11,13 +11,13 @@ pytest.importorskip("datatrove")
 from test_data_build import WORDS, pdf, prose, texts
 
 from qwen3_model.tokenizer import train_bpe
+from training import endpoint as endpoint_module
 from training import strict
 from training.data import build as builder
-from training.data import endpoint as endpoint_module
 from training.data.blocks import Document
 from training.data.build import Build
-from training.data.endpoint import Endpoint
 from training.data.labels import Judge, Label
+from training.endpoint import Endpoint
 from training.files import write_jsonl
 
 

@@ -7,8 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from tiny_chat import model, tokenizer, vocabulary  # noqa: F401
 
+from training import endpoint as endpoint_module
+from training.endpoint import Endpoint
 from training.rewards import Reply
-from training.rewards.judges import Endpoint, LocalModel, RewardModel, WithReference, grade
+from training.rewards.judges import LocalModel, RewardModel, WithReference, grade
 
 
 class Server:
@@ -37,7 +39,8 @@ class Server:
 
 
 @pytest.fixture
-def serve():
+def serve(monkeypatch):
+    monkeypatch.setattr(endpoint_module.time, "sleep", lambda s: None)
     servers = []
 
     def start(answer):
@@ -58,17 +61,19 @@ def reply(text):
     return Reply((), text, None)
 
 
-def test_with_reference(serve):
+def test_with_reference(serve, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+
     def answer(path, body):
         prompt = body["messages"][0]["content"]
         return says("Grade: 9" if "Response:\nParis" in prompt and "Reference:\nParis" in prompt else "They differ. Grade: 1")
 
     server = serve(answer)
-    family = WithReference([("Capital of France?", "Paris")], Endpoint(server.url, "judge", key="secret"))
+    family = WithReference([("Capital of France?", "Paris")], Endpoint(server.url, "judge", key_env="JUDGE_KEY", temperature=0).chat)
     problem = family.problem(0, 0)
     assert family.scores([(problem, reply("Paris")), (problem, reply("Rome"))]) == [0.9, 0.1]
     path, body, authorization = server.seen[0]
-    assert path == "/v1/chat/completions" and body["model"] == "judge" and authorization == "Bearer secret"
+    assert path == "/v1/chat/completions" and (body["model"], body["temperature"]) == ("judge", 0) and authorization == "Bearer secret"
 
 
 def test_reward_model(serve):
@@ -92,18 +97,15 @@ def test_a_failing_server_is_asked_again_and_then_it_is_an_error(serve):
         calls[0] += 1
         return (503, {}) if calls[0] < 3 else says("Grade: 5")
 
-    endpoint = Endpoint(serve(answer).url, "judge", backoff=0.01)
-    assert endpoint("x") == "Grade: 5" and calls[0] == 3
+    endpoint = Endpoint(serve(answer).url, "judge", retries=3)
+    assert endpoint.chat("x") == "Grade: 5" and calls[0] == 3
     calls[0] = -100
-    with pytest.raises(RuntimeError, match="failed 4 times; last: HTTP 503"):
-        endpoint("x")
-    refused = serve(lambda path, body: (401, {"error": "key"}))
-    with pytest.raises(RuntimeError, match="failed 1 times; last: HTTP 401"):
-        Endpoint(refused.url, "judge", backoff=0.01)("x")
-    with pytest.raises(RuntimeError, match="not a chat completion"):
-        Endpoint(serve(lambda path, body: (200, {"choices": []})).url, "judge")("x")
-    with pytest.raises(RuntimeError, match="failed 2 times"):
-        Endpoint("http://127.0.0.1:9/v1", "judge", retries=1, backoff=0.01)("x")
+    with pytest.raises(RuntimeError, match="no answer in 4 tries; the last: 503"):
+        endpoint.chat("x")
+    with pytest.raises(RuntimeError, match="no answer in 1 tries; the last: 401"):
+        Endpoint(serve(lambda path, body: (401, {"error": "key"})).url, "judge").chat("x")
+    with pytest.raises(RuntimeError, match="no answer in 3 tries; the last: .*'data'"):
+        Endpoint(serve(lambda path, body: (200, {"choices": []})).url, "rm", retries=2).scalar([])
 
 
 @pytest.mark.parametrize("text, value", [

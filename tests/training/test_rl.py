@@ -380,7 +380,7 @@ def test_summary():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"families": ()}, "families is"), ({"families": ("nope",)}, r"families is \['nope'\]"), ({"group_size": 1}, "group_size is 1"),
+    ({"families": ()}, "families is"), ({"families": ("nope",)}, "family is 'nope'; expected one of .* or module:attribute"), ({"group_size": 1}, "group_size is 1"),
     ({"shares": (1.0, 2.0)}, "shares is"), ({"pass_band": (0.9, 0.1)}, "pass_band is"), ({"entropy_band": (0.5, 0.5)}, "entropy_band"),
     ({"algorithm": "ppo"}, "algorithm is 'ppo'"), ({"raise_at": 2.0}, "raise_at is 2"), ({"clip_low": 3.0}, "clip_low is 3"),
     ({"max_prompt": 90, "max_tokens": 60, "tokens_per_pack": 148}, "tokens_per_pack is 148; expected at least 149, one less"),
@@ -391,13 +391,53 @@ def test_bad_settings(config, changes, words):
         config(**changes)
 
 
+OWN = '''
+from training.rewards import Problem, SingleTurn
+
+class Short(SingleTurn):
+    name, max_level = "short", 0
+
+    def __init__(self, pool):
+        self.pool = pool
+
+    def problem(self, seed, level):
+        return Problem(self.name, ({"role": "user", "content": str(seed % 999)},), {}, level)
+
+    def score(self, problem, reply):
+        return float(len(reply.content) < 12)
+
+class Half(Short):
+    problem = turns = None
+
+number = 3
+'''
+
+
+def test_a_family_of_ones_own_by_its_path(config, ungated, tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = config(families=("own_rewards:Short", "chain"), steps=1)
+    reinforce(cfg, quiet=True)
+    (record,) = [r for r in read_metrics(cfg.out) if r["kind"] == "train"]
+    assert record["level/own_rewards:Short"] == 0 and record["reward"] > 0
+    for name, words in (
+        ("own_rewards:Long", "family is 'own_rewards:Long', which cannot be imported: .*no attribute 'Long'"),
+        ("no_rewards:Short", "cannot be imported: No module named 'no_rewards'"), ("own_rewards:number", "an? int; expected a class"),
+        (":Short", "cannot be imported"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            config(families=(name,))
+    with pytest.raises(ValueError, match="family 'own_rewards:Half' gives a Half without problem, turns; expected"):
+        reinforce(config("half", families=("own_rewards:Half",)), quiet=True)
+
+
 def test_command_line(config, capsys):
     from training.core import command
 
     with pytest.raises(SystemExit) as stop:
         command(RLConfig, reinforce, "training.rl", "x", ["--start", "a", "--out", "b", "--families", "chain", "--learning-rate", "1"])
     assert stop.value.code == 2 and "--learning-rate" in "".join(capsys.readouterr())
-    with pytest.raises(SystemExit, match="error: .*tokenizer.json|error: .*no such file"):
+    with pytest.raises(SystemExit, match="error: /nowhere has no .*safetensors"):
         command(RLConfig, reinforce, "training.rl", "x", ["--start", "/nowhere", "--out", str(config().out), "--families", "chain",
                                                           "--no-tensorboard"])
 
@@ -419,6 +459,9 @@ def test_distillation_draws_the_student_to_the_teacher(config, tmp_path, tokeniz
     kl = [r["kl"] for r in read_metrics(cfg.out) if r["kind"] == "train"]
     assert kl[-1] < 0.6 * kl[0] and kl[-1] > 0
 
+    load.save(Qwen3(small(hidden_size=48, num_hidden_layers=1)).init_weights(8), tmp_path / "teacher")
+    with pytest.raises(ValueError, match="belongs to another run .data.teacher"):
+        distill(cfg, families={"chain": Length()}, quiet=True)
     (tmp_path / "teacher" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="has another tokenizer.json"):
         distill(cfg, families={"chain": Length()}, quiet=True)

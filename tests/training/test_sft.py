@@ -182,6 +182,33 @@ def test_other_data_is_another_run(config, tmp_path):
         fine_tune(config(), quiet=True)
 
 
+def test_other_weights_in_the_same_folder_are_another_start(config, model):
+    cfg = config()
+    fine_tune(cfg, quiet=True)
+    model.model.norm.weight.data[0] += 1
+    load.save(model, cfg.start)
+    with pytest.raises(ValueError, match="belongs to another run .start.weights_sha256"):
+        fine_tune(cfg, quiet=True)
+
+
+def test_nan_gradients_stop_the_run_and_cost_nothing(config):
+    """The loss is finite, its gradient is not: what was saved before is what there is, and the run goes on from it."""
+    want = load.load(fine_tune(config("straight", save_every=2), quiet=True)).state_dict()
+    cfg, calls = config(save_every=2), [0]
+
+    def loss(model, packed):
+        value, stats = sft.cross_entropy(model, packed)
+        calls[0] += 1
+        zero = model.head_weight.sum() * 0
+        return (value + zero.sqrt() if calls[0] == 4 else value), stats  # 0/0 in the backward
+
+    with pytest.raises(FloatingPointError, match="gradient norm is nan; training stopped and nothing"):
+        fine_tune(cfg, loss_fn=loss, quiet=True)
+    assert checkpoint.latest(cfg.out / "checkpoints").step == 2
+    got = load.load(fine_tune(cfg, quiet=True)).state_dict()
+    assert all(want[k].equal(got[k]) for k in want)
+
+
 def test_nan_stops_the_run(config):
     cfg = config()
 

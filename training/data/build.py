@@ -34,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qwen3_model.tokenizer import Tokenizer
 
+from ..endpoint import Endpoint
 from ..environment import file_sha256
 from ..files import write_json
 from . import card, readers, shards
@@ -44,7 +45,6 @@ from .blocks import (
 )
 from .cells import FILE as CELLS
 from .cells import Cell
-from .endpoint import Endpoint
 from .filters import Contamination, Language, Normalise, Quality
 from .labels import LABELS, Classifier, Judge, Label, clean, labelled
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..endpoint import Endpoint
 from .blocks import BaseFilter, Document, words
-from .endpoint import Endpoint
 
 LABELS = ("educational_value", "field", "domain", "safety")
 EDUCATIONAL = tuple(map(str, range(6)))  # 0: none, 5: a textbook's

@@ -1,21 +1,42 @@
-"""Readers of text, HTML, PDF and of seeds for synthetic text; JSONL and Parquet are datatrove's own."""
+"""Readers of text, HTML, PDF and of seeds for synthetic text; JSONL and Parquet are datatrove's own.
+
+As in the Qwen3 report (section 3.1): one model recognises the text of PDF pages, another refines it; general, math and
+code models write textbooks, questions with answers, instructions and code.
+"""
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..endpoint import Endpoint
 from .blocks import BaseDiskReader, DocumentsPipeline, JsonlReader, ParquetReader
-from .endpoint import REFINE, WRITE, Endpoint
 
 GLOBS = {
     "jsonl": "**/*.jsonl*", "parquet": "**/*.parquet", "text": "**/*.txt", "html": "**/*.html", "pdf": "**/*.pdf",
     "synthetic": "**/*.jsonl*",
 }
 FORMATS = tuple(GLOBS)
+
+TRANSCRIBE = (
+    "Write down all text of this page in reading order as Markdown, formulas in LaTeX. Leave out page numbers and running "
+    "heads. Answer with the text only."
+)
+REFINE = (
+    "The text below was read from a scanned page. Mend broken words, hyphenation and line breaks; change nothing else. "
+    "Answer with the text only.\n\n"
+)
+WRITE = {
+    "textbook": "Write a section of a textbook for students about the subject below: definitions, an explanation, one "
+                "worked example.\n\n",
+    "qa": "Write five questions of rising difficulty about the text below, each with a complete answer.\n\n",
+    "instruction": "Write an instruction that a person might give about the subject below, then a careful answer to it.\n\n",
+    "code": "Write a short, complete program about the subject below, with comments and a test.\n\n",
+}
 
 
 class WholeFileReader(BaseDiskReader):
@@ -72,7 +93,7 @@ class PdfReader(WholeFileReader):
         if self.pages is not None:
             for number, text in enumerate(texts):
                 if len(text) < self.min_chars:
-                    text = self.pages.read_page(draw(raw, number), self.cache)
+                    text = read_page(self.pages, draw(raw, number), self.cache)
                     texts[number] = self.refine.chat(REFINE + text, self.cache) if self.refine else text
                     self.stat_update("pages_read_by_model")
         return "\n\n".join(texts)
@@ -89,6 +110,12 @@ def draw(pdf: bytes, page: int, dpi: int = 150) -> bytes:
         return buffer.getvalue()
     finally:
         document.close()
+
+
+def read_page(model: Endpoint, png: bytes, cache: Path) -> str:
+    """The text of a page's image."""
+    picture = "data:image/png;base64," + base64.b64encode(png).decode()
+    return model.chat([{"type": "text", "text": TRANSCRIBE}, {"type": "image_url", "image_url": {"url": picture}}], cache)
 
 
 class SyntheticReader(BaseDiskReader):

@@ -31,7 +31,7 @@ from ..data import cells as cells_module
 from ..data.mixture import Mixture, of_cells, weights
 from ..data.packing import IGNORE, Batch
 from ..data.shards import TokenShards
-from ..environment import file_sha256
+from ..environment import file_sha256, weights_sha256
 from ..evaluation import HeldOut
 from ..files import check_settings, write_json
 from ..pretrain import LossFn, train
@@ -189,10 +189,11 @@ def config_of(stage: Stage, scale: Scale, paths: Paths, *, seed: int, device: st
 
 
 def settings_of(stage: Stage, scale: Scale, paths: Paths, seed: int) -> dict[str, Any]:
-    """What tells a stage's result from others; of files their content, of the model to start from its folder's name."""
+    """What tells a stage's result from others; of files their content."""
     own = {f"{kind}.{k}": v for kind, x in (("stage", stage), ("scale", scale)) for k, v in to_json(x).items()}
     return own | {
-        "seed": seed, "init": str(paths.init), "factors": file_sha256(paths.factors) if paths.factors else None,
+        "seed": seed, "init": weights_sha256(paths.init) if paths.init else None,
+        "factors": file_sha256(paths.factors) if paths.factors else None,
         "shards": file_sha256(paths.shards / cells_module.FILE), "tokenizer": file_sha256(paths.tokenizer),
     }
 

@@ -1,10 +1,13 @@
-"""The registry: which families a mixture can name, and the 20 and more of general RL."""
+"""Which families a mixture can name: those of the registry, and anyone's own by the path of what makes it."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from . import Family
+from . import Family, Problem
 from .chains import Chain
 from .grounding import Grounding
 from .gym import NAMES, SCORER as GYM_SCORER, Gym
@@ -31,11 +34,44 @@ GENERAL = tuple(name for name in MAKERS if not name.startswith("chain"))
 that need data or a judge (`maths.Maths`, `judges`) are added by the caller."""
 
 
+METHODS, NUMBERS = ("problem", "scores", "respond"), ("max_level", "turns")
+
+
+def maker(name: str) -> Callable[[Pool], Family]:
+    """What makes the family ``name``: of the registry, or ``module:attribute``, a class or function that takes a
+    `workers.Pool` and gives a `Family`. Raises ValueError where there is no such thing."""
+    if name in MAKERS:
+        return MAKERS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"family is {name!r}; expected one of {tuple(MAKERS)} or module:attribute")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ValueError(f"family is {name!r}, which cannot be imported: {e}") from e
+    if not callable(found):
+        raise ValueError(f"family is {name!r}, a {type(found).__name__}; expected a class or function that takes a Pool")
+    return lambda pool: Named(name, found(pool))
+
+
+class Named:
+    """A family under the name that a config gives it. Raises ValueError for what is not a `Family`."""
+
+    def __init__(self, name: str, family: Any):
+        lacking = [n for n in METHODS if not callable(getattr(family, n, None))]
+        lacking += [n for n in NUMBERS if not isinstance(getattr(family, n, None), int)]
+        if lacking:
+            raise ValueError(f"family {name!r} gives a {type(family).__name__} without {', '.join(lacking)}; expected what "
+                             "training.rewards.Family has")
+        self.name, self.max_level, self.turns = name, family.max_level, family.turns
+        self.scores, self.respond, self._problem = family.scores, family.respond, family.problem
+
+    def problem(self, seed: int, level: int) -> Problem:
+        return dataclasses.replace(self._problem(seed, level), family=self.name)
+
+
 def make(names: Sequence[str], pool: Pool) -> dict[str, Family]:
     """Families by name. Raises ValueError for names that are unknown or given twice."""
-    for name in names:
-        if name not in MAKERS:
-            raise ValueError(f"family is {name!r}; expected one of {tuple(MAKERS)}")
     if len(set(names)) < len(names):
         raise ValueError(f"families are {tuple(names)}; expected each once")
-    return {name: MAKERS[name](pool) for name in names}
+    return {name: maker(name)(pool) for name in names}

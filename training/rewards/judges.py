@@ -1,15 +1,11 @@
-"""Rewards by a model: with a reference answer, or a reward model's scalar; through an endpoint or a local model."""
+"""Rewards by a model: with a reference answer, or a reward model's scalar; through an `endpoint.Endpoint` (its ``chat``, best
+at temperature 0, or ``scalar``) or a local model."""
 
 from __future__ import annotations
 
-import json
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import Problem, Reply, SingleTurn
@@ -30,60 +26,8 @@ AGAIN = "\n\nEnd your reply with a line of this form, with a number from 0 to 10
 _GRADE = re.compile(r"grade(?:\s+is)?\W{0,4}(\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """An OpenAI-compatible server. Requests that fail are repeated ``retries`` times, waiting 1, 2, 4, ... times
-    ``backoff`` seconds; then RuntimeError, since a reward of 0 for a server's failure would teach the wrong thing."""
-
-    url: str  # up to and with /v1
-    model: str
-    key: str = ""
-    timeout: float = 60.0
-    retries: int = 3
-    backoff: float = 1.0
-
-    def __call__(self, prompt: str) -> str:
-        """The reply to one user message, greedily decoded."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
-        answer = self.post("chat/completions", body)
-        try:
-            return answer["choices"][0]["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError) as e:
-            raise RuntimeError(f"{self.url}: not a chat completion: {str(answer)[:200]}") from e
-
-    def scalar(self, messages: Sequence[dict[str, Any]]) -> float:
-        """A reward model's score of a conversation, by the pooling route that vLLM and SGLang serve."""
-        answer = self.post("pooling", {"model": self.model, "messages": list(messages)}, root=True)
-        try:
-            value = answer["data"][0]["data"]
-            while isinstance(value, list):
-                value = value[-1]
-            return float(value)
-        except (KeyError, IndexError, TypeError, ValueError) as e:
-            raise RuntimeError(f"{self.url}: not a reward: {str(answer)[:200]}") from e
-
-    def post(self, route: str, body: dict[str, Any], *, root: bool = False) -> Any:
-        base = self.url.rstrip("/")
-        url = f"{base.removesuffix('/v1') if root else base}/{route}"
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        for attempt in range(self.retries + 1):
-            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return json.loads(response.read())
-            except urllib.error.HTTPError as e:
-                reason = f"HTTP {e.code}: {e.read(200).decode('utf-8', 'replace')}"
-                if e.code < 500 and e.code != 429:  # the same request would fail again
-                    break
-            except (OSError, ValueError) as e:
-                reason = repr(e)
-            if attempt < self.retries:
-                time.sleep(self.backoff * 2**attempt)
-        raise RuntimeError(f"{url} failed {attempt + 1} times; last: {reason}")
-
-
 class LocalModel:
-    """The same by a model in this process."""
+    """Asks a model in this process."""
 
     def __init__(self, model: Qwen3, tokenizer: Tokenizer, *, max_tokens: int = 512, thinking: bool = False):
         self._model, self._tokenizer, self._max_tokens, self._thinking = model, tokenizer, max_tokens, thinking

@@ -1,13 +1,11 @@
-"""Text from any OpenAI-compatible server: pages read by a vision model, text refined or written by a language model.
+"""A model behind an OpenAI-compatible server: text from a vision or language model, or a reward model's scalar.
 
-As in the Qwen3 report (section 3.1): one model recognises the text of PDF pages, another refines it; general, math and
-code models write textbooks, questions with answers, instructions and code. Answers are kept on disk by the hash of the
-request, so a build that was killed asks for nothing twice and ends in the same text.
+Answers can be kept on disk by the hash of the request, so that a data build that was killed asks for nothing twice and ends
+in the same text.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import http.client
 import json
@@ -15,32 +13,19 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
-
-TRANSCRIBE = (
-    "Write down all text of this page in reading order as Markdown, formulas in LaTeX. Leave out page numbers and running "
-    "heads. Answer with the text only."
-)
-REFINE = (
-    "The text below was read from a scanned page. Mend broken words, hyphenation and line breaks; change nothing else. "
-    "Answer with the text only.\n\n"
-)
-WRITE = {
-    "textbook": "Write a section of a textbook for students about the subject below: definitions, an explanation, one "
-                "worked example.\n\n",
-    "qa": "Write five questions of rising difficulty about the text below, each with a complete answer.\n\n",
-    "instruction": "Write an instruction that a person might give about the subject below, then a careful answer to it.\n\n",
-    "code": "Write a short, complete program about the subject below, with comments and a test.\n\n",
-}
+from .files import write_json
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server of ``POST {url}/chat/completions``. ``key_env`` names the environment variable that holds the key."""
+    """``url`` is up to and with /v1; ``key_env`` names the environment variable that holds the key. A request that fails, or
+    is answered by something else than was asked for, is repeated; after all tries RuntimeError names the server, as neither
+    an empty text nor a reward of 0 would be right for a server's failure."""
 
     url: str
     model: str
@@ -60,7 +45,7 @@ class Endpoint:
             )
 
     def chat(self, content: str | list[dict[str, Any]], cache: Path | None = None) -> str:
-        """The answer to one user message. Raises RuntimeError naming the server when it gives none after all tries."""
+        """The answer to one user message."""
         body = {
             "model": self.model, "messages": [{"role": "user", "content": content}], "temperature": self.temperature,
             "max_tokens": self.max_tokens,
@@ -69,32 +54,27 @@ class Endpoint:
         kept = cache / f"{hashlib.sha256(self.url.encode() + raw).hexdigest()}.json" if cache else None
         if kept and kept.exists():
             return json.loads(kept.read_text())
-        answer = self._ask(raw)
+        answer = self._ask(f"{self.url.rstrip('/')}/chat/completions", raw, _text)
         if kept:
             write_json(kept, answer)
         return answer
 
-    def read_page(self, png: bytes, cache: Path | None = None) -> str:
-        """The text of a page's image."""
-        picture = "data:image/png;base64," + base64.b64encode(png).decode()
-        return self.chat(
-            [{"type": "text", "text": TRANSCRIBE}, {"type": "image_url", "image_url": {"url": picture}}], cache
-        )
+    def scalar(self, messages: Sequence[Mapping[str, Any]]) -> float:
+        """A reward model's score of a conversation, by the pooling route that vLLM and SGLang serve."""
+        raw = json.dumps({"model": self.model, "messages": list(messages)}).encode()
+        return self._ask(f"{self.url.rstrip('/').removesuffix('/v1')}/pooling", raw, _number)
 
-    def _ask(self, raw: bytes) -> str:
+    def _ask(self, url: str, raw: bytes, read: Callable[[Any], Any]) -> Any:
         headers = {"Content-Type": "application/json"}
         if self.key_env:
             if self.key_env not in os.environ:
                 raise RuntimeError(f"{self.url}: the environment variable {self.key_env} (key_env) is not set")
             headers["Authorization"] = f"Bearer {os.environ[self.key_env]}"
-        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", raw, headers)
+        request = urllib.request.Request(url, raw, headers)
         for attempt in range(self.retries + 1):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    content = json.loads(response.read())["choices"][0]["message"]["content"]
-                if not isinstance(content, str):
-                    raise TypeError(f"content is {content!r}; expected text")
-                return content
+                    return read(json.loads(response.read()))
             except urllib.error.HTTPError as e:
                 why = f"{e.code} {e.read()[:200]!r}"
                 if e.code not in (408, 429) and e.code < 500:  # asking again would not help
@@ -104,3 +84,17 @@ class Endpoint:
             if attempt < self.retries:
                 time.sleep(2.0**attempt)
         raise RuntimeError(f"{self.url} ({self.model}) gave no answer in {attempt + 1} tries; the last: {why}")
+
+
+def _text(answer: Any) -> str:
+    content = answer["choices"][0]["message"]["content"]
+    if not isinstance(content, str):
+        raise TypeError(f"content is {content!r}; expected text")
+    return content
+
+
+def _number(answer: Any) -> float:
+    value = answer["data"][0]["data"]
+    while isinstance(value, list):
+        value = value[-1]
+    return float(value)
