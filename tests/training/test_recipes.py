@@ -1,18 +1,11 @@
 """The recipes of post-training: their data, their settings and the report's parts."""
 
-import os
 import random
-import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from tiny_chat import model, model_folder, tokenizer, vocabulary  # noqa: F401
 
-from training import checkpoint, sft
 from training.distill import DistillConfig
 from training.filters import Validation
 from training.log import FILE
@@ -21,7 +14,6 @@ from training.rewards.chains import Chain, worked
 from training.rl import RLConfig, held_out
 from training.sft import SFTConfig, encode
 
-ROOT = Path(__file__).resolve().parents[2]
 A, B, C = Path("a"), Path("b"), Path("c")
 
 
@@ -38,28 +30,24 @@ def asked(texts):
 
 
 def test_worked_chains():
-    texts = chain_texts(300)
+    texts = chain_texts(600)
     chats = [t for t in texts if t.startswith("<|im_start|>user\n")]
-    assert texts == chain_texts(300) and 150 < len(chats) < 210 and not any("think" in t for t in texts)
+    assert texts == chain_texts(600) and 320 < len(chats) < 400 and not any("think" in t for t in texts)
     for t in chats[:40]:
         for part in t.split("<|im_start|>user\n")[1:]:
             chain = part.split("\n")[0].removesuffix("<|im_end|>")
             assert f"\n{worked(chain)}\n\n{worked(chain)[-1]}<|im_end|>" in part
     assert {len(chain) for chain in asked(chats)} == {5, 8, 11, 14, 17}
     assert {t.count("<|im_start|>user") for t in chats} == {1, 4, 16}
-    sums = [t for t in texts if "=" in t and t not in chats]
+    sums = [t for t in texts if t not in chats]
     for line in "\n".join(sums).split("\n"):
         left, right = line.split("=")
         assert eval(left) % 10 == int(right)
-    said_again = [t for t in texts if "=" not in t]
-    for pair in "\n\n".join(said_again).split("\n\n"):
-        first, second = (re.findall(r"[a-z][+-]?\d", line) for line in pair.split("\n"))
-        assert first == sorted(first) == sorted(second) and len(first) >= 4
-    assert len(sums) > 20 and len(said_again) > 40
+    assert len(sums) > 80
 
 
 def test_no_stage_trains_on_a_held_out_problem():
-    seen = asked(chain_texts(2000))
+    seen = asked(chain_texts(1500))
     seen |= {path.draw(what, 0, i, name, 3).data["chain"] for what in ("cold", "off") for i in range(600) for name in path.FAMILIES}
     assert not seen & {p.data["chain"] for level in path.LEVELS for p in held_out(path.FAMILIES, level, 64)}
 
@@ -156,37 +144,3 @@ def test_claims_can_fail(tmp_path, changes, broken):
     (tmp_path / "general" / FILE).write_text('{"kind": "train", "step": 1, "max_gap": 1e-6, "sampled_entropy": 0.1}\n')
     found = path.checks(results(**changes), tmp_path)
     assert "max |d log p| of sampler and trainer" in [c["claim"] for c in found if not c["holds"]]
-
-
-def test_a_run_that_is_killed_goes_on_in_the_same_bits(tmp_path, model_folder):
-    """kill -9 at a random step of the command."""
-    data = tmp_path / "data.jsonl"
-    sft.write(data, [
-        [{"role": "user", "content": p.data["chain"]}, {"role": "assistant", "reasoning_content": worked(p.data["chain"]), "content": "1"}]
-        for p in problems(60)
-    ])
-
-    def start(out):
-        args = {"start": model_folder, "data": data, "out": out, "steps": 20, "rows": 4, "lr": "1e-3", "save-every": 3,
-                "device": "cpu", "dtype": "float32"}
-        command = [sys.executable, "-m", "training.sft", "--no-tensorboard", *(str(x) for k, v in args.items() for x in (f"--{k}", v))]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    reference, victim = start(straight), start(broken)
-    stop_at, deadline = random.randrange(4, 16), time.monotonic() + 120
-    while victim.poll() is None and time.monotonic() < deadline:
-        metrics = broken / FILE
-        if metrics.exists() and metrics.read_text().count('"train"') >= stop_at:
-            victim.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.001)
-    victim.communicate(timeout=120)
-    assert victim.returncode == -signal.SIGKILL and checkpoint.latest(broken / "checkpoints").step < 20, f"killed after {stop_at}"
-    for process in (start(broken), reference):
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-    a, b = (checkpoint.latest(out / "checkpoints").path for out in (straight, broken))
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        assert (a / file).read_bytes() == (b / file).read_bytes(), f"{file}, killed after {stop_at} steps"

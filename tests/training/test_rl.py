@@ -394,8 +394,8 @@ def test_bad_settings(config, changes, words):
 OWN = '''
 from training.rewards import Problem, SingleTurn
 
-class Short(SingleTurn):
-    name, max_level = "short", 0
+class Early(SingleTurn):
+    name, max_level = "early", 0
 
     def __init__(self, pool):
         self.pool = pool
@@ -404,9 +404,9 @@ class Short(SingleTurn):
         return Problem(self.name, ({"role": "user", "content": str(seed % 999)},), {}, level)
 
     def score(self, problem, reply):
-        return float(len(reply.content) < 12)
+        return float("a" in reply.content)
 
-class Half(Short):
+class Half(Early):
     problem = turns = None
 
 number = 3
@@ -416,19 +416,54 @@ number = 3
 def test_a_family_of_ones_own_by_its_path(config, ungated, tmp_path, monkeypatch):
     (tmp_path / "own_rewards.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    cfg = config(families=("own_rewards:Short", "chain"), steps=1)
+    cfg = config(families=("own_rewards:Early", "chain"), steps=1)
     reinforce(cfg, quiet=True)
     (record,) = [r for r in read_metrics(cfg.out) if r["kind"] == "train"]
-    assert record["level/own_rewards:Short"] == 0 and record["reward"] > 0
+    assert record["level/own_rewards:Early"] == 0 and record["reward"] > 0
     for name, words in (
         ("own_rewards:Long", "family is 'own_rewards:Long', which cannot be imported: .*no attribute 'Long'"),
-        ("no_rewards:Short", "cannot be imported: No module named 'no_rewards'"), ("own_rewards:number", "an? int; expected a class"),
-        (":Short", "cannot be imported"),
+        ("no_rewards:Early", "cannot be imported: No module named 'no_rewards'"), ("own_rewards:number", "an? int; expected a class"),
+        (":Early", "cannot be imported"),
     ):
         with pytest.raises(ValueError, match=words):
             config(families=(name,))
     with pytest.raises(ValueError, match="family 'own_rewards:Half' gives a Half without problem, turns; expected"):
         reinforce(config("half", families=("own_rewards:Half",)), quiet=True)
+
+
+HANGING = '''
+import time
+from training.rewards import Problem, SingleTurn
+
+def slow(text):
+    time.sleep(1000 * ("a" in text))
+    return 1.0
+
+class Checked(SingleTurn):
+    name, max_level = "checked", 0
+
+    def __init__(self, pool):
+        self.pool = pool
+
+    def problem(self, seed, level):
+        return Problem(self.name, ({"role": "user", "content": str(seed % 999)},), {}, level)
+
+    def scores(self, pairs):
+        found = self.pool.map("hanging_rewards:slow", [[reply.content] for _, reply in pairs])
+        return [r.value or 0.0 for r in found]
+'''
+
+
+def test_a_hanging_verifier_costs_its_deadline_and_no_more(config, ungated, tmp_path, monkeypatch):
+    (tmp_path / "hanging_rewards.py").write_text(HANGING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(rl, "SCORERS", ("hanging_rewards:slow",))
+    cfg = config(families=("hanging_rewards:Checked",), steps=2, deadline=0.2, workers=4)
+    folder = reinforce(cfg, quiet=True)
+    records = [r for r in read_metrics(cfg.out) if r["kind"] == "train"]
+    assert len(records) == 2 and records[1]["timeouts"] > records[0]["timeouts"] > 0 and folder.is_dir()
+    assert all(0 < r["reward"] < 1 for r in records), "the others have their rewards"
 
 
 def test_command_line(config, capsys):

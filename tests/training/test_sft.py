@@ -159,6 +159,26 @@ def test_a_killed_run_goes_on_in_the_same_bits(config, monkeypatch):
     assert all(want[k].equal(got[k]) for k in want)
 
 
+@pytest.mark.parametrize("owner, name, calls", [(checkpoint, "save_file", 2), (Tokenizer, "save", 1)], ids=["checkpoint", "model"])
+def test_a_full_disk_stops_the_run_and_costs_nothing(config, monkeypatch, owner, name, calls):
+    want = load.load(fine_tune(config("straight"), quiet=True)).state_dict()
+    cfg, count, real = config("full"), [0], getattr(owner, name)
+
+    def full(*args, **options):
+        count[0] += 1
+        if count[0] == calls:
+            raise OSError(28, "No space left on device")
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(OSError, match="No space left on device"):
+            fine_tune(cfg, quiet=True)
+    assert checkpoint.latest(cfg.out / "checkpoints").step == (2 if owner is checkpoint else 6) and not (cfg.out / "model").exists()
+    got = load.load(fine_tune(cfg, quiet=True)).state_dict()
+    assert all(want[k].equal(got[k]) for k in want)
+
+
 def test_a_run_killed_while_it_writes_the_model_is_not_finished(config, monkeypatch):
     cfg = config(lora_rank=2)
 

@@ -38,8 +38,8 @@ class Raw:
 
     code_mb: float = 1.5  # Python sources
     language_kb: float = 6.0  # translations, per language
-    problems: int = 300  # documents of worked problems
-    chains: int = 2500  # documents of worked chains of sums
+    problems: int = 150  # documents of worked problems
+    chains: int = 9000  # documents of worked chains of sums
     vocabulary: int = 1024
     held_out: float = 0.04
     workers: int = 2

@@ -188,25 +188,19 @@ def problem(rng: random.Random, parts: int = 6) -> str:
 
 CHAINS = "chains"
 LENGTHS = {2: 30, 3: 30, 4: 30, 5: 5, 6: 5}  # of chains, and how often: long ones are rare
-TERM = re.compile(r"[a-z][+-]?\d")
 
 
 def chain(rng: random.Random) -> str:
-    """Single sums; chains whose terms are said again in another order; or questions with worked answers, as a corpus with
-    synthetic instructions has them, without think blocks and none of them a held-out one (`rewards.reserved`). Of all
-    lengths, so that there are some for rows of any."""
-    family, kind = Chain(), rng.random()
-
-    def draw(level: int) -> str:
-        return family.problem(rng.getrandbits(60), level).data["chain"]
-
-    if kind < 0.15:
-        return "\n".join(worked(draw(0))[1:] for _ in range(rng.choice((12, 36, 108))))
-    if kind < 0.4:
-        chains = [draw(rng.randint(2, 10)) for _ in range(rng.choice((2, 6, 18)))]
-        return "\n\n".join(f"{c}\n{''.join(rng.sample(terms, len(terms)))}" for c in chains for terms in [TERM.findall(c)])
+    """A dozen sums, or a question with a worked answer, as a corpus with synthetic instructions has them, without think blocks
+    and none of them a held-out one (`rewards.reserved`). Some documents have several of them, for rows that are longer; most
+    have one, as a tiny model takes three times as long to learn to look terms up where other chains stand before."""
+    family = Chain()
+    count = rng.choices((1, 4, 16), (95, 3, 2))[0]
+    if rng.random() < 0.4:
+        sums = (family.problem(rng.getrandbits(60), 0).data["chain"] for _ in range(12 * count))
+        return "\n".join(worked(s)[1:] for s in sums)
     out = []
-    for _ in range(rng.choice((1, 1, 4, 4, 16))):
+    for _ in range(count):
         (length,) = rng.choices([*LENGTHS], [*LENGTHS.values()])
         data = find(family, rng.getrandbits(60), length - 2).data
         out.append(f"<|im_start|>user\n{data['chain']}<|im_end|>\n<|im_start|>assistant\n"

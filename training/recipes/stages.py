@@ -78,7 +78,7 @@ class Scale:
 
 
 TINY = Scale(
-    tokens=(500_000, 1_100_000, 400_000), seq_len=128, batch_tokens=2048, lr=1e-2, warmup=20, hidden_size=96, layers=3, heads=3,
+    tokens=(400_000, 1_100_000, 300_000), seq_len=128, batch_tokens=1024, lr=1e-2, warmup=20, hidden_size=96, layers=3, heads=3,
     kv_heads=1, head_dim=32, intermediate_size=256, initializer_range=0.08, optimizer="muon", dtype="float32", eval_tokens=1024,
 )
 SCALES = {
