@@ -394,8 +394,8 @@ def test_bad_settings(config, changes, words):
 OWN = '''
 from training.rewards import Problem, SingleTurn
 
-class Early(SingleTurn):
-    name, max_level = "early", 0
+class Odd(SingleTurn):
+    name, max_level = "odd", 0
 
     def __init__(self, pool):
         self.pool = pool
@@ -404,9 +404,9 @@ class Early(SingleTurn):
         return Problem(self.name, ({"role": "user", "content": str(seed % 999)},), {}, level)
 
     def score(self, problem, reply):
-        return float("a" in reply.content)
+        return float(len(reply.content) % 2)
 
-class Half(Early):
+class Half(Odd):
     problem = turns = None
 
 number = 3
@@ -416,14 +416,14 @@ number = 3
 def test_a_family_of_ones_own_by_its_path(config, ungated, tmp_path, monkeypatch):
     (tmp_path / "own_rewards.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    cfg = config(families=("own_rewards:Early", "chain"), steps=1)
+    cfg = config(families=("own_rewards:Odd", "chain"), steps=1)
     reinforce(cfg, quiet=True)
     (record,) = [r for r in read_metrics(cfg.out) if r["kind"] == "train"]
-    assert record["level/own_rewards:Early"] == 0 and record["reward"] > 0
+    assert record["level/own_rewards:Odd"] == 0 and 0 < record["reward"] < 1
     for name, words in (
         ("own_rewards:Long", "family is 'own_rewards:Long', which cannot be imported: .*no attribute 'Long'"),
-        ("no_rewards:Early", "cannot be imported: No module named 'no_rewards'"), ("own_rewards:number", "an? int; expected a class"),
-        (":Early", "cannot be imported"),
+        ("no_rewards:Odd", "cannot be imported: No module named 'no_rewards'"), ("own_rewards:number", "an? int; expected a class"),
+        (":Odd", "cannot be imported"),
     ):
         with pytest.raises(ValueError, match=words):
             config(families=(name,))
