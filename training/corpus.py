@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import sysconfig
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,36 +35,16 @@ class Document:
 
 
 def documents(
-    max_bytes: int | None = None, *, packages: Iterable[str] = PACKAGES, min_chars: int = 200, max_chars: int = 200_000
+    packages: Iterable[str] = PACKAGES, *, min_chars: int = 200, max_chars: int = 200_000
 ) -> Iterator[Document]:
-    """Documents without exact duplicates: standard library, then topics, then ``packages`` in the order given, until
-    ``max_bytes`` of UTF-8 (None: all). Files that are not UTF-8 or outside [min_chars, max_chars] are left out."""
+    """Documents without exact duplicates: standard library, then topics, then ``packages`` in the order given. Files that are
+    not UTF-8 or outside [min_chars, max_chars] are left out."""
     seen: set[str] = set()
-    total = 0
     for document in _all(tuple(packages)):
         if not min_chars <= len(document.text) <= max_chars or document.digest in seen:
             continue
         seen.add(document.digest)
-        total += len(document.text.encode())
-        if max_bytes is not None and total > max_bytes:
-            return
         yield document
-
-
-def is_held_out(document: Document, share: float) -> bool:
-    """Whether a document is for evaluation only: decided by its text's hash, so no list needs to be kept."""
-    if not 0 <= share < 1:
-        raise ValueError(f"held-out share is {share}; expected at least 0 and below 1")
-    return int(document.digest[:8], 16) < share * 2**32
-
-
-def sizes(docs: Iterable[Document]) -> dict[str, dict[str, int]]:
-    """{source: {"documents": n, "bytes": n}} in order of first appearance."""
-    count, size = Counter(), Counter()
-    for d in docs:
-        count[d.source] += 1
-        size[d.source] += len(d.text.encode())
-    return {s: {"documents": count[s], "bytes": size[s]} for s in count}
 
 
 def _all(packages: tuple[str, ...]) -> Iterator[Document]:

@@ -416,7 +416,7 @@ number = 3
 def test_a_family_of_ones_own_by_its_path(config, ungated, tmp_path, monkeypatch):
     (tmp_path / "own_rewards.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    cfg = config(families=("own_rewards:Odd", "chain"), steps=1)
+    cfg = config(families=("own_rewards:Odd", "chain"), steps=1, groups=12)
     reinforce(cfg, quiet=True)
     (record,) = [r for r in read_metrics(cfg.out) if r["kind"] == "train"]
     assert record["level/own_rewards:Odd"] == 0 and 0 < record["reward"] < 1

@@ -121,7 +121,8 @@ def bits_per_byte(folder: Path, shards: Path) -> dict[str, float]:
         nats += found["loss"] * found["tokens"]
     seen, text = (b"".join(tokenizer.decode(d.read(i)[:-1].tolist()).encode() for d in p for i in range(len(d)))
                   for p in parts.values())
-    return {"this model, after S3": nats / math.log(2) / size, "unigram: entropy of these tokens": unigram(held), **compressed(seen, text)}
+    own = {"this model, after S3": nats / math.log(2) / size, "unigram: entropy of these tokens": unigram(held)}
+    return own | compressed(seen, text)
 
 
 def unigram(parts: Sequence[TokenShards]) -> float:
@@ -139,7 +140,8 @@ def compressed(seen: bytes, text: bytes) -> dict[str, float]:
         filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": min(window, 1 << 27)}]
         return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters))
 
-    sizes = {"gzip -9 (zlib)": len(zlib.compress(text, 9)), "xz": xz(text), "xz behind the training text": xz(seen + text) - xz(seen)}
+    sizes = {"gzip -9 (zlib)": len(zlib.compress(text, 9)), "xz": xz(text)}
+    sizes["xz behind the training text"] = xz(seen + text) - xz(seen)
     return {name: 8 * n / len(text) for name, n in sizes.items()}
 
 
@@ -193,8 +195,9 @@ def sections(out: Path, results: dict[str, Any]) -> list[tuple[str, str]]:
             ("tokens per second, median", *(f"{r[len(r) // 2]:,.0f}" for r in rates)),
         ])),
         ("Held-out loss by domain", by_stage(["loss", *groups["domain"]])),
-        ("Held-out loss by language", f"<details><summary>{len(groups['language'])} languages; zxx: code and chains, und: not sure "
-         f"which</summary>{by_stage(groups['language'])}</details>"),
+        ("Held-out loss by language",
+         f"<details><summary>{len(groups['language'])} languages; zxx: code and chains, und: not sure which</summary>"
+         f"{by_stage(groups['language'])}</details>"),
         ("Held-out text, bits per byte (less is better)", report.table(
             ("coded by", "bits/byte"), [(k, f"{v:.3f}") for k, v in results["bits_per_byte"].items()])),
         ("Needle in a haystack", report.table(

@@ -95,7 +95,8 @@ def run_seed(options: Options, out: Path, seed: int, *, quiet: bool = False) -> 
     with clock("export"):
         tokenizer = Tokenizer.from_file(start / "tokenizer.json")
         export(load.load(out / "general" / "model"), start / "tokenizer.json", out / "model", end="<|im_end|>")
-        held_out = [TokenShards(out / "data" / "shards" / "held_out" / c.key) for c in cells.read(out / "data" / "shards", "held_out")]
+        shards = out / "data" / "shards"
+        held_out = [TokenShards(shards / "held_out" / c.key) for c in cells.read(shards, "held_out")]
         equality = compare_with_transformers(out / "model", held_out)
         texts = sample(load.load(start), tokenizer, seed)
 
@@ -161,7 +162,8 @@ def render(out: Path, results: dict[str, Any], clock: Clock) -> str:
         ("Kernels", report.table(("op", "kernel", "why", "self-check error / plain torch's"), kernel_rows(env["kernels"]))),
         ("Time", report.table(("part", "seconds", "CPU seconds"), clock.rows())
          + "<p>Over all the processes that worked on this run.</p>"
-         + report.table(("", ""), [(k, env[k]) for k in ("device", "platform", "python", "torch", "numpy", "qwen3_kernels", "threads")])),
+         + report.table(("", ""), [
+             (k, env[k]) for k in ("device", "platform", "python", "torch", "numpy", "qwen3_kernels", "threads")])),
     ]
     wall = sum(wall for wall, _ in clock.seconds.values())
     lead = (f"{results['parameters']['model']:,} parameters, seed {results['seed']}, {wall / 60:.1f} minutes; held-out reward "

@@ -244,8 +244,9 @@ def run(
         before = Qwen3(model_config).init_weights(seed).to(config.device, DTYPES[config.dtype])
     more = HeldOut(paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=8 * scale.eval_tokens)
     result = {
-        "settings": settings, "stage": asdict(stage), "mixture": record, "steps": config.steps, "parameters": model_config.num_params(),
-        "active": model_config.num_params(active=True), "held_out before": more(before), "held_out": more(model),
+        "settings": settings, "stage": asdict(stage), "mixture": record, "steps": config.steps,
+        "parameters": model_config.num_params(), "active": model_config.num_params(active=True),
+        "held_out before": more(before), "held_out": more(model),
     }
     if stage.long_share:
         models = {stage.name: model, "before": before}
