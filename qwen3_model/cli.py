@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(
         "generate", _generate, "continue a text, printed as it comes",
-        '  qwen3 generate --model runs/demo/model --prompt "def main("\n'
+        '  qwen3 generate --model runs/demo/s3/model --prompt "def main("\n'
         "  cat story.txt | qwen3 generate --model Qwen3-0.6B --max-tokens 500 --seed 1\n"
         "  qwen3 generate --model Qwen3-0.6B --prompt 'The capital of France is' --temperature 0 --stop .",
     )

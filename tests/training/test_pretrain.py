@@ -170,6 +170,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config, value):
     assert [r["step"] for r in records(config.out, "train")] == [1, 2, 3, 4, 5]
 
 
+def test_a_shard_that_is_damaged_while_it_is_read_stops_the_run_and_costs_nothing(make_config):
+    want = weights(train(make_config("straight"), quiet=True))
+    config, calls = make_config("damaged"), [0]
+    (shard,) = config.data.glob("*.tok")
+    whole = shard.read_bytes()
+
+    def loss(model, batch):
+        calls[0] += 1
+        if calls[0] == 6:  # in place, as a failing disk does: the file is mapped already
+            with open(shard, "r+b") as f:
+                f.seek(len(whole) // 3)
+                f.write(b"\xff" * (len(whole) - len(whole) // 3))
+        return next_token_loss(model, batch)
+
+    with pytest.raises(ValueError, match=r"train: document \d+ has token id 65535; the vocabulary has 64"):
+        train(config, loss_fn=loss, quiet=True)
+    assert checkpoint.latest(config.out / "checkpoints").step == 4
+    shard.write_bytes(whole)
+    got = weights(train(config, quiet=True))
+    assert all(want[k].equal(got[k]) for k in want)
+
+
 def test_evaluation_is_the_mean_over_all_tokens(make_config, model_config):
     config = make_config()
     model = checkpoint.read(train(config, quiet=True)).load_model("cpu")

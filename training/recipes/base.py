@@ -37,9 +37,9 @@ class Raw:
     """How much of what there is to train on."""
 
     code_mb: float = 1.5  # Python sources
-    language_kb: float = 6.0  # translations, per language
+    language_kb: float = 4.0  # translations, per language
     problems: int = 150  # documents of worked problems
-    chains: int = 9000  # documents of worked chains of sums
+    chains: int = 10_000  # documents of worked chains of sums
     vocabulary: int = 1024
     held_out: float = 0.04
     workers: int = 2

@@ -37,7 +37,7 @@ from .stages import SCALES, Scale
 
 PROMPTS = ("def ", "import ", "The ", "Question: Ada has 12 apples.")
 MODEL = SCALES["tiny"]
-STUDENT = dataclasses.replace(MODEL, tokens=(0, 1_200_000, 0), hidden_size=64, heads=2, intermediate_size=170)
+STUDENT = dataclasses.replace(MODEL, tokens=(0, 1_500_000, 0), hidden_size=64, heads=2, intermediate_size=170)
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ class Scale:
 
 
 TINY = Scale(
-    tokens=(400_000, 1_100_000, 300_000), seq_len=128, batch_tokens=1024, lr=1e-2, warmup=20, hidden_size=96, layers=3, heads=3,
-    kv_heads=1, head_dim=32, intermediate_size=256, initializer_range=0.08, optimizer="muon", dtype="float32", eval_tokens=1024,
+    tokens=(300_000, 1_500_000, 300_000), seq_len=128, batch_tokens=1024, lr=1e-2, warmup=20, hidden_size=96, layers=3, heads=3,
+    kv_heads=1, head_dim=32, intermediate_size=256, initializer_range=0.08, optimizer="muon", dtype="float32", eval_tokens=4096,
 )
 SCALES = {
     # Two CPU cores and a few minutes; chosen in docs/LOG.md for the demo.
