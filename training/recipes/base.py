@@ -36,10 +36,10 @@ STAGES = (stage1.stage, stage2.stage, stage3.stage)
 class Raw:
     """How much of what there is to train on."""
 
-    code_mb: float = 1.5  # Python sources
-    language_kb: float = 4.0  # translations, per language
-    problems: int = 150  # documents of worked problems
-    chains: int = 10_000  # documents of worked chains of sums
+    code_mb: float = 1.0  # Python sources
+    language_kb: float = 3.0  # translations, per language
+    problems: int = 100  # documents of worked problems
+    chains: int = 20_000  # documents of worked chains of sums
     vocabulary: int = 1024
     held_out: float = 0.04
     workers: int = 2

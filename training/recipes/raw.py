@@ -63,7 +63,8 @@ def gather(
         {"name": "translations", "path": str(folder / "translations"), "format": "parquet",
          "labels": {"field": "computing", "domain": "interface", "educational_value": "1", "safety": "safe"}},
         {"name": "problems", "path": str(folder / "problems"), "format": "jsonl", "kind": "curated", "labels": arithmetic},
-        {"name": CHAINS, "path": str(folder / CHAINS), "format": "jsonl", "kind": "code", "labels": arithmetic},
+        {"name": CHAINS, "path": str(folder / CHAINS), "format": "jsonl", "kind": "code",
+         "labels": arithmetic | {"educational_value": "3"}},
         *({"name": kind, "path": str(folder / "manuals" / kind), "format": kind} for kind in manuals),
     ]
     return [s for s in sources if any(p.is_file() for p in Path(s["path"]).rglob("*"))]

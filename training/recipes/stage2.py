@@ -16,7 +16,7 @@ MORE = {
 def stage(scale: Scale) -> Stage:
     return Stage(
         name="s2", title="STEM, code and reasoning", seq_len=scale.seq_len, tokens=scale.tokens[1],
-        batch_tokens=scale.batch_tokens, rope_theta=10_000, lr=scale.lr, lr_end=0.2, decay=1.0, warmup=scale.warmup // 2,
+        batch_tokens=scale.batch_tokens, rope_theta=10_000, lr=scale.lr, lr_end=0.2, decay=0.5, warmup=scale.warmup // 2,
         factors=MORE,
     )
 
