@@ -129,9 +129,11 @@ def test_a_result_with_other_settings_is_refused(three, data, tmp_path, changed)
     elif changed == "shards":
         (tmp_path / cells_module.FILE).write_text("{}")
         paths = dataclasses.replace(paths, shards=tmp_path)
+    elif changed == "init":
+        paths = dataclasses.replace(paths, init=three[1] / "s2" / "model")
     else:
         (tmp_path / "search.json").write_text("{}")
-        paths = dataclasses.replace(paths, **{changed: tmp_path / "search.json"})
+        paths = dataclasses.replace(paths, factors=tmp_path / "search.json")
     with pytest.raises(ValueError, match=rf"s1/result.json is of a run with other .*\b{changed}[,;]"):
         stages.run(stage1.stage(scale), scale, paths, seed=seed, quiet=True)
 
