@@ -21,7 +21,7 @@ from training.recipes.clock import Clock
 from training.recipes.stages import SCALES
 
 TINY = dataclasses.replace(
-    SCALES["tiny"], tokens=(4000, 2000, 2000), seq_len=32, batch_tokens=256, hidden_size=32, layers=2, heads=2, kv_heads=1,
+    SCALES["tiny"], tokens=(4000, 2000, 2000), lr=1.5e-2, seq_len=32, batch_tokens=256, hidden_size=32, layers=2, heads=2, kv_heads=1,
     head_dim=16, intermediate_size=64, eval_tokens=64,
 )
 SIZES = Raw(problems=40, chains=60, vocabulary=450, workers=1)

@@ -46,6 +46,7 @@ def unlearned(monkeypatch):
     monkeypatch.setattr(path, "teacher_data", solver)
 
 
+@pytest.mark.slow
 def test_from_raw_files_to_a_student(little, unlearned, tmp_path):  # noqa: F811
     options = Options(out=tmp_path / "demo", **OPTIONS)
     (results,) = demo.run(options, quiet=True)
