@@ -49,7 +49,7 @@ class Sizes:
     """Steps and rates, chosen by experiment (docs/LOG.md)."""
 
     cold_queries: int = 1200
-    cold_steps: int = 60
+    cold_steps: int = 40
     rl_steps: int = 80
     rl_lr: float = 2e-4
     fusion_rows: int = 1500  # of each kind
