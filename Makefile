@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
 
 .PHONY: demo recipe-check test test-slow doctor clean
-# The whole path on a tiny model, from raw files to a distilled student, in about ten minutes on two quiet cores.
+# The whole path on a tiny model, from raw files to a distilled student, in about eleven minutes of CPU time.
 demo: .venv/demo
 	$(BIN)/python -m training.recipes.demo --out runs/demo
 
