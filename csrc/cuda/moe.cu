@@ -42,7 +42,7 @@ constexpr int kLead = 2;  // steps by which the second warpgroup starts after th
 constexpr int kSlab = 64 * kStep * 2;  // bytes of 64 rows x 64 elements, the unit that a transposed operand is made of
 constexpr uint32_t kOwnBytes = kOwn * kStep * 2, kSharedBytes = kShared * kStep * 2;
 constexpr uint32_t kStageBytes = kOwnBytes + kSharedBytes;
-constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8;
+constexpr int kSharedMemory = kStages * kStageBytes + 2 * kStages * 8;
 
 struct Gemm {
   const int32_t *offsets, *slot;
@@ -478,8 +478,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   constexpr bool kGathered = is_gathered(TASK), kGradient = is_gradient(TASK);
   constexpr int kRegisters = DEFERRED ? 232 : 224;
   constexpr int kLoaderRegisters = 3 * 168 - 2 * kRegisters;  // a thread of three warpgroups starts with 168
-  extern __shared__ uint8_t raw[];
-  uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  extern __shared__ __align__(1024) uint8_t stages[];
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
   uint64_t* const empty = full + kStages;
   const auto own_tile = [&](int stage) { return stages + stage * kStageBytes; };
@@ -579,24 +578,24 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     Walk<TASK> walk(g, cluster_rank());
     Tile t{};
     Turn turn;
-    const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
+    const int consumer = uniform(threadIdx.x / 128 - 1), warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
     const auto release = [&](int s) {
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
     };
     float acc[128];
     std::conditional_t<DEFERRED, Deferred, AtOnce> last(g);
     for (bool first = true; walk.next(t); first = false) {
-      const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(kLead, steps) - 1 : -1;
+      const int steps = uniform(steps_of<TASK>(g, t)), lead = first && consumer == 0 ? min(kLead, steps) - 1 : -1;
       if (first && consumer == 1) named_sync(1, 256);
       // Nothing but padding: no products, and the other warpgroup has the tensor cores for itself. A deferred epilogue
       // waits for the next tile with products.
-      if (!kGradient && t.own + consumer * 64 >= t.end) {
+      if (!kGradient && uniform(t.own + consumer * 64 >= t.end)) {
         // One warp for all: without products to keep them together, one that is late from the last epilogue could find
         // that a barrier has gone round twice.
-        for (int k = 0; k < steps; ++k) {
-          if (warp == 0) barrier_wait(full + turn.stage(), turn.phase()), release(turn.stage());
-          ++turn.steps;
-        }
+        if (warp == 0)
+          for (Turn there = turn; there.steps < turn.steps + steps; ++there.steps)
+            barrier_wait(full + there.stage(), there.phase()), release(there.stage());
+        turn.steps += steps;
         named_sync(2 + consumer, 128);
         continue;
       }
