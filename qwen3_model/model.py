@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3_kernels import attention
+from qwen3_kernels.ops.linears import project
 
 from . import exact, recompute, rope
 from .cache import KVCache
@@ -50,7 +51,9 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Norm(C, config), Norm(C, config)
 
     def forward(self, x_TD: Tensor, step: Step) -> Tensor:
-        q_THC, k_TKC, v_TKC = (proj(x_TD).unflatten(-1, (-1, self.C)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q_THC, k_TKC, v_TKC = (
+            y.unflatten(-1, (-1, self.C)) for y in project(x_TD, self.q_proj, self.k_proj, self.v_proj)
+        )
         weights = self.q_norm.weight, self.k_norm.weight
         if step.cache is None and not self.exact:
             out_THC = qk_norm_attention(
@@ -76,7 +79,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, D, bias=False)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, None]:
-        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD), exact=self.exact)), None
+        return self.down_proj(swiglu(*project(x_TD, self.gate_proj, self.up_proj), exact=self.exact)), None
 
 
 class Layer(nn.Module):
