@@ -48,12 +48,15 @@ def ours(config: Qwen3Config) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return model, loss
 
 
-def _transformers(config: Qwen3Config) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def _transformers(
+    config: Qwen3Config, attention: str | None = "sdpa"
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     import transformers
 
     family = "Qwen3Moe" if config.num_experts else "Qwen3"
     settings = getattr(transformers, f"{family}Config")(**config.to_dict())
-    settings._attn_implementation = "sdpa"
+    if attention is not None:
+        settings._attn_implementation = attention
     model = getattr(transformers, f"{family}ForCausalLM")(settings)
     return model, lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
@@ -69,7 +72,7 @@ def patched(config: Qwen3Config) -> tuple[nn.Module, Callable[[Tensor], Tensor]]
     from qwen3_kernels.integrations import transformers as integration
 
     integration.apply()
-    return _transformers(config)
+    return _transformers(config, attention=None)  # the patch chooses, unless one is asked for
 
 
 def compiled(config: Qwen3Config) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -86,7 +89,7 @@ IMPLS = {
 
 def measure(impl: str, config: Qwen3Config, rows: int, length: int, steps: int, profile: bool = False) -> dict:
     """Milliseconds of each timed step, first loss and gradient norm, peak memory; three steps of warm-up before."""
-    from training.optim import clip_grad_norm_
+    from training.optim import clip_factor
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -101,7 +104,8 @@ def measure(impl: str, config: Qwen3Config, rows: int, length: int, steps: int, 
     def step() -> tuple[Tensor, Tensor]:
         loss = loss_of(tokens)
         loss.backward()
-        norm = clip_grad_norm_([p.grad for p in parameters], 1.0)
+        norm, factor = clip_factor([p.grad for p in parameters], 1.0)
+        optimizer.grad_scale = factor.reciprocal()  # the fused step divides by it
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach(), norm
