@@ -286,8 +286,8 @@ template <bool CAUSAL> void launch(const Attention& a, cudaStream_t stream) {
   const int64_t all_heads = a.sequences * a.q_heads, k_heads = std::max<int64_t>(kCacheBytes / (a.length * 4 * kWidth), 1);
   const int64_t section = stay ? std::min(k_heads * (a.q_heads / a.k_heads), all_heads) : all_heads;
   const CUtensorMap q = heads_map(a, a.q, a.q_heads), k = heads_map(a, a.k, a.k_heads), v = heads_map(a, a.v, a.k_heads);
-  forward_kernel<CAUSAL><<<unsigned(stay ? std::min<int64_t>(tiles, sms) : tiles), kThreads, kShared, stream>>>(q, k, v, a, int(tiles),
-                                                                                                 int(section));
+  const int64_t ctas = stay ? std::min<int64_t>(tiles, sms) : tiles;
+  forward_kernel<CAUSAL><<<unsigned(ctas), kThreads, kShared, stream>>>(q, k, v, a, int(tiles), int(section));
   check(cudaGetLastError());
 }
 

@@ -19,7 +19,7 @@ namespace qwen3::cuda {
 namespace {
 
 constexpr int kWidth = 128, kKeys = 128, kQueries = 64, kStages = 3;
-constexpr int kHeld = 5;     // of the 8 pieces of 16 columns of V, in registers: as many as there are, and 16 KB less a step to read
+constexpr int kHeld = 5;     // of the 8 pieces of 16 columns of V, in registers: 20 KB a step less to read; a sixth one spills
 constexpr int kAdders = 3;  // threads that add to dQ, a step each: a contribution takes longer than a step
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
 constexpr int kSlab = 64 * 128;              // bytes of 64 elements of 64 rows; of 128 rows twice that, in one piece
