@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3_kernels import attention
+from qwen3_kernels import attention, swiglu_mlp
 from qwen3_kernels.ops.linears import project
+from qwen3_kernels.ops.swiglu_mlp import fuses
 
 from . import exact, recompute, rope
 from .cache import KVCache
@@ -79,6 +80,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, D, bias=False)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, None]:
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if not self.exact and fuses(x_TD, *layers):
+            return swiglu_mlp(x_TD, *(layer.weight for layer in layers)), None
         return self.down_proj(swiglu(*project(x_TD, self.gate_proj, self.up_proj), exact=self.exact)), None
 
 

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from ..ops import attention as attention_op
 from ..ops import linear_cross_entropy, moe_experts, qk_norm_attention, qk_norm_rope, rms_norm, swiglu
 from ..ops.linears import project
+from ..ops.swiglu_mlp import fuses, swiglu_mlp
 
 NAME = "qwen3_kernels"  # of the implementations of attention and experts
 OPS = ("rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy", "attention", "experts")
@@ -111,6 +112,9 @@ def _mlp(original: Callable, family: Family) -> Callable:
     def forward(self, x):
         if not _is_silu(self.act_fn):
             return original(self, x)
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if fuses(x, *layers):
+            return swiglu_mlp(x, *(layer.weight for layer in layers))
         return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
 
     return forward

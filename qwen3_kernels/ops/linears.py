@@ -23,12 +23,13 @@ def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """``tuple(layer(x) for layer in layers)``, by `linears` when all are plain ``nn.Linear`` without bias or hooks."""
-    if all(_plain(layer) for layer in layers):
+    if all(plain(layer) for layer in layers):
         return linears(x, *(layer.weight for layer in layers))
     return tuple(layer(x) for layer in layers)
 
 
-def _plain(layer: nn.Module) -> bool:
+def plain(layer: nn.Module) -> bool:
+    """Nothing but a product with its weight happens when the layer is called."""
     return (
         type(layer) is nn.Linear and layer.bias is None and "forward" not in vars(layer)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
@@ -45,9 +46,9 @@ class _Linears(torch.autograd.Function):
     def backward(ctx, *grads):
         x, *weights = ctx.saved_tensors
         wants_dx, *wants = ctx.needs_input_grad
-        rows, dx, dweights = x.flatten(0, -2), None, []
+        rows, dx, dweights = x.reshape(-1, x.shape[-1]), None, []
         for dy, w, wanted in zip(grads, weights, wants):
-            dy = dy.flatten(0, -2)
+            dy = dy.reshape(-1, dy.shape[-1])
             if wants_dx:
                 dx = dy @ w if dx is None else dx.addmm_(dy, w)
             dweights.append(dy.mT @ rows if wanted else None)

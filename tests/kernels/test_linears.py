@@ -27,6 +27,15 @@ def test_equals_separate_products(frozen):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 0, 16)], ids=str)
+def test_any_leading_shape(shape):
+    x, ws = torch.randn(shape, dtype=torch.float64, requires_grad=True), inputs(torch.float64)[1]
+    loss = sum(y.square().sum() for y in linears(x, *ws))
+    want = torch.autograd.grad(sum(F.linear(x, w).square().sum() for w in ws), (x, *ws))
+    for g, w in zip(torch.autograd.grad(loss, (x, *ws)), want):
+        torch.testing.assert_close(g, w)
+
+
 def test_gradcheck():
     x, ws = inputs(torch.float64)
     assert torch.autograd.gradcheck(linears, (x, *ws))
