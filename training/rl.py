@@ -35,8 +35,9 @@ from .losses import PRESETS, PolicyGradient, advantages, preset, token_weight
 from .rewards import EMPTY_BLOCK, Family, Problem, Reply, find, format_gate, mixed_seed, rng_of
 from .rewards.families import MAKERS, SCORERS, make
 from .rewards.workers import Pool
-from .rollout import Request, Roller, Rollout
+from .rollout import Request, Rollout
 from .samples import Packed, Sample, packs
+from .static_rollout import roller_for
 
 MAX_TILT = 0.9
 WINDOW = 4  # steps that a level's mean reward is taken over
@@ -146,7 +147,7 @@ def play(
 ) -> list[Episode]:
     """``repeats`` conversations for each problem, scored; those of problem i have group i. The families' environments
     answer between turns. Raises ValueError for a prompt over max_prompt."""
-    roller = Roller(
+    roller = roller_for(
         model, slots=slots, max_len=min(max_prompt + max_tokens, model.config.max_position_embeddings),
         temperature=temperature, stop_ids=tokenizer.stop_ids, record_experts=record_experts,
     )

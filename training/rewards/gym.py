@@ -38,7 +38,9 @@ class Gym(SingleTurn):
         config = vars(_config(self._gym, level)) | {"seed": seed % 2**31, "size": 1}
         import reasoning_gym
 
-        entry = reasoning_gym.create_dataset(self._gym, **config)[0]
+        return self.of_entry(reasoning_gym.create_dataset(self._gym, **config)[0], level)
+
+    def of_entry(self, entry: dict[str, Any], level: int) -> Problem:
         text = entry["question"].strip() + "\nGive only the answer after thinking."
         data = {k: entry[k] for k in ("question", "answer", "metadata")}
         return Problem(self.name, ({"role": "user", "content": text},), json.loads(json.dumps(data)), level)
