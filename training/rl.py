@@ -393,13 +393,13 @@ def evaluate(
     model: Qwen3, tokenizer: Tokenizer, families: Mapping[str, Family], problems: Sequence[Problem], config: RLConfig,
 ) -> dict[str, float]:
     """One sample of each problem: {"family/reward", "/format", "/length"}."""
+    episodes = play(model, tokenizer, families, problems, repeats=1, seed=mixed_seed("evaluate"),
+                    temperature=config.temperature, max_tokens=config.max_tokens, max_prompt=config.max_prompt,
+                    slots=config.slots)
     found = {}
-    for name, family in families.items():
-        own = [p for p in problems if p.family == family.name]
-        episodes = play(model, tokenizer, families, own, repeats=1, seed=mixed_seed("evaluate"),
-                        temperature=config.temperature, max_tokens=config.max_tokens, max_prompt=config.max_prompt,
-                        slots=config.slots)
-        found |= {f"{name}/{k}": v for k, v in summary(episodes).items() if k in ("reward", "format", "length")}
+    for name in families:
+        own = summary([e for e in episodes if e.problem.family == name])
+        found |= {f"{name}/{k}": own[k] for k in ("reward", "format", "length")}
     return found
 
 

@@ -10,6 +10,7 @@ the same bits in the products (a CPU in float32 with one thread) both give the s
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -63,7 +64,8 @@ class StaticRoller:
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; expected at least 1")
         self.options = {"slots": slots, "max_len": max_len, "temperature": temperature, "stop_ids": tuple(stop_ids)}
-        self.model, self.slots, self.max_len, self.temperature, self.chunk = model, slots, max_len, temperature, chunk
+        self.model = weakref.proxy(model)  # the model holds its roller
+        self.slots, self.max_len, self.temperature, self.chunk = slots, max_len, temperature, chunk
         self.stop_ids, self.queue = np.array(sorted(set(stop_ids)), np.int64), deque()
         config, device = model.config, model.head_weight.device
         rows, self._draw = max(slots, MIN_ROWS), draw

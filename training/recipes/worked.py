@@ -270,19 +270,13 @@ def syllogism(d: Data) -> str:
     return f"{m['premise1']}. {m['premise2']}. {m['conclusion']}: {'follows' if m['is_valid'] else 'does not follow'}"
 
 
-def number_sequence(d: Data) -> str:
-    numbers = d["metadata"]["sequence"]
-    steps = "; ".join(f"{b} - {a} = {b - a}" for a, b in zip(numbers, numbers[1:-1]))
-    return f"{steps}; {d['metadata']['rule']}: {numbers[-1]}"
-
-
 GYM: dict[str, Callable[[Data], str | None]] = {
     "aiw": aiw, "base_conversion": base_conversion,
     "basic_arithmetic": lambda d: expression(d["metadata"]["expression"], d["answer"]),
     "chain_sum": lambda d: expression(d["metadata"]["expression"], d["answer"]),
     "complex_arithmetic": complex_arithmetic, "count_bits": count_bits, "decimal_arithmetic": decimal_arithmetic,
     "family_relationships": family_relationships, "fraction_simplification": fraction_simplification, "gcd": gcd, "lcm": lcm,
-    "leg_counting": leg_counting, "letter_counting": letter_counting, "number_sequence": number_sequence,
+    "leg_counting": leg_counting, "letter_counting": letter_counting,
     "prime_factorization": prime_factorization,
     "products": lambda d: expression(d["metadata"]["expression"], d["answer"]),
     "simple_equations": simple_equations, "simple_geometry": simple_geometry, "spell_backward": spell_backward,
