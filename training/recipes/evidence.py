@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import random
 import statistics
@@ -374,13 +373,14 @@ class Path_:
         held = [(r["step"], statistics.fmean(v for k, v in r.items() if k.endswith("/reward"))) for r in records if r["kind"] == "eval"]
 
         def median(name: str) -> float:
-            return statistics.median([r[name] for r in speed if name in r][1:] or [math.nan])
+            values = [r[name] for r in speed if name in r]
+            return statistics.median(values[1:] or values)  # the first one compiles
 
         return {
             "steps": len(steps), "held_out_curve": held,
             **{f"{k}_curve": thinned([(r["step"], r[k]) for r in steps if k in r]) for k in ("reward", "sampled_entropy", "length", "kept_groups")},
-            "max_gap": max((r["max_gap"] for r in steps if "max_gap" in r), default=math.nan),
-            "rollouts_per_s": median("rollouts_per_s"), "sampled_tokens_per_s": median("sampled_tokens_per_s"),
+            "max_gap": max((r["max_gap"] for r in steps if "max_gap" in r), default=0.0),
+            **{name: median(name) for name in ("rollouts_per_s", "sampled_tokens_per_s") if any(name in r for r in speed)},
             "seconds_per_step": median("seconds"), "training_seconds": sum(r.get("seconds", 0.0) for r in speed),
         }
 
