@@ -9,7 +9,6 @@ the same bits in the products (a CPU in float32 with one thread) both give the s
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from qwen3_kernels import linear_cross_entropy
 from qwen3_model.model import Qwen3
-from qwen3_model.sampling import gumbel
 
+from .draw import draw
 from .rollout import MIN_ROWS, Request, Roller, Rollout, pad_rows
 
 CHUNK = 8
@@ -43,12 +42,6 @@ def roller_for(
     return kept
 
 
-def draw(logits_SV: Tensor, seeds_S1: Tensor, temperature: float) -> Tensor:
-    """[S] ids from softmax(logits / temperature), each a function of its row's seed."""
-    tokens = torch.arange(logits_SV.shape[1], device=logits_SV.device)[None]
-    return (logits_SV.float() / temperature + gumbel(seeds_S1, tokens)).argmax(-1)
-
-
 class StaticRoller:
     """`Roller` with fixed buffers: `submit`, `step`, `run` and `busy` as there. Experts of mixtures are always recorded.
 
@@ -68,7 +61,7 @@ class StaticRoller:
         self.slots, self.max_len, self.temperature, self.chunk = slots, max_len, temperature, chunk
         self.stop_ids, self.queue = np.array(sorted(set(stop_ids)), np.int64), deque()
         config, device = model.config, model.head_weight.device
-        rows, self._draw = max(slots, MIN_ROWS), draw
+        rows = max(slots, MIN_ROWS)
         self.cache = model.new_cache(rows, max_len)
         self._layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
 
@@ -109,7 +102,7 @@ class StaticRoller:
                 self._experts.index_put_((self._rows, self.cache.lengths.long()), experts)
             self.cache.lengths.add_(1).clamp_(max=self.max_len - 1)  # rows that have ended stay within the cache
             states_SD = states[:, 0]
-            ids_S = self._draw(self.model.head(states_SD), self._seeds + self._steps, self.temperature)
+            ids_S = draw(self.model.head(states_SD), self._seeds + self._steps, self.temperature)
             self._record(self._rows, states_SD, ids_S)
             self._seen[t + 1].copy_(ids_S)
 
@@ -133,7 +126,6 @@ class StaticRoller:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._draw = _compiled_draw(self.model, self._next, self.temperature)
             self._decode()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -221,22 +213,3 @@ class StaticRoller:
                 request, ids[start:end], logprobs[start:end], entropies[start:end], "stop" if stop else "length", experts))
             start = end
         return done
-
-
-@torch.no_grad()
-def _compiled_draw(model: Qwen3, rows: Tensor, temperature: float):
-    """`draw` as one kernel where it can be compiled and draws the same: by itself it is twenty passes over [slots, V]."""
-    generator = torch.Generator(rows.device).manual_seed(0)
-    logits = torch.randn(
-        len(rows), model.config.vocab_size, device=rows.device, dtype=model.head_weight.dtype, generator=generator)
-    seeds = torch.randint(1 << 62, (len(rows), 1), device=rows.device, generator=generator)
-    try:
-        compiled = torch.compile(draw, fullgraph=True, dynamic=False)
-        apart = (compiled(logits, seeds, temperature) != draw(logits, seeds, temperature)).float().mean().item()
-    except Exception as e:  # whatever the compiler lacks on this machine, sampling goes on without it
-        warnings.warn(f"sampling is not compiled ({type(e).__name__}: {str(e)[:200]}), which is slower", stacklevel=2)
-        return draw
-    if apart:
-        warnings.warn(f"compiled sampling draws {apart:.2%} of the tokens otherwise, so it is not used", stacklevel=2)
-        return draw
-    return compiled

@@ -98,7 +98,6 @@ def test_the_graph_on_a_gpu(experts):
     asked = requests(200, longest=60)
     first = graphed.run(asked)
     plain = StaticRoller(model, capture=False, **options)
-    plain._draw = graphed._draw
     assert [r.ids for r in first] == [r.ids for r in plain.run(asked)]
     again = roller_for(model, record_experts=False, **options)
     assert again is graphed and [r.ids for r in again.run(asked)] == [r.ids for r in first]

@@ -71,8 +71,8 @@ class Sizes:
     moe: Scale
     student: Scale
     minutes: Mapping[str, float]  # of training, by stage; distill: of its four parts together
-    cold_rows: int = 8000
-    cold_steps: int = 120
+    cold_rows: int = 10_000
+    cold_steps: int = 150
     rows: int = 64  # conversations per step of fine-tuning
     fusion_rows: int = 4000  # of each kind
     fusion_steps: int = 150
@@ -85,7 +85,7 @@ class Sizes:
     max_tokens: int = 256
     eval_problems: int = 64  # per family and mode
     pass_k: int = 16
-    sft_lr: float = 4e-4
+    sft_lr: float = 6e-4
     rl_lr: float = 6e-5
     rl_steps: int = 1000  # at most: minutes end a run
     tokens_per_pack: int = 65_536
