@@ -85,7 +85,7 @@ class Sizes:
     max_tokens: int = 256
     eval_problems: int = 64  # per family and mode
     pass_k: int = 16
-    sft_lr: float = 6e-4
+    sft_lr: float = 1e-3
     rl_lr: float = 6e-5
     rl_steps: int = 1000  # at most: minutes end a run
     tokens_per_pack: int = 65_536
