@@ -86,7 +86,7 @@ class Sizes:
     eval_problems: int = 64  # per family and mode
     pass_k: int = 16
     sft_lr: float = 1e-3
-    rl_lr: float = 6e-5
+    rl_lr: float = 1e-4
     rl_steps: int = 1000  # at most: minutes end a run
     tokens_per_pack: int = 65_536
     budgets: tuple[int, ...] = (0, 8, 16, 24, 32, 48, 64, 96, 128, 192)
