@@ -14,7 +14,7 @@ from training.data import shards
 from training.data.cells import Cell
 from training.environment import file_sha256
 from training.files import write_json
-from training.recipes import evidence, evidence_data, evidence_report
+from training.recipes import evidence, evidence_data, evidence_pack, evidence_report
 from training.recipes.evidence import Evidence
 from training.recipes.worked import solution
 from training.rewards import Reply, find, reserved
@@ -95,18 +95,18 @@ def test_a_pack_goes_on_elsewhere(tmp_path):
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         (out / file).write_text(text)
     (out / "dense/s1/model/noise").write_bytes(np.random.default_rng(0).bytes(4000))
-    parts = evidence.pack(out, tmp_path / "p.tar", ["cold", "s1"], part=1000)
+    parts = evidence_pack.pack(out, tmp_path / "p.tar", ["cold", "s1"], part=1000)
     assert len(parts) > 3 and all(p.stat().st_size <= 1000 for p in parts)
     there = tmp_path / "there"
     (there / "dense").mkdir(parents=True)
     (there / "dense/cold.json").write_text("mine")
-    evidence.unpack(tmp_path / "p.tar", there)
+    evidence_pack.unpack(tmp_path / "p.tar", there)
     found = {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()}
     assert found == {"dense/cold.json", "dense/cold/model/model.safetensors", "dense/s1/model/x", "dense/s1/model/noise",
                      "dense/cold/metrics.jsonl"}
     assert (there / "dense/cold.json").read_text() == "mine"
     with pytest.raises(FileNotFoundError, match="nothing.tar"):
-        evidence.unpack(tmp_path / "nothing.tar", there)
+        evidence_pack.unpack(tmp_path / "nothing.tar", there)
 
 
 def test_a_stage_whose_start_is_missing(tmp_path):

@@ -25,7 +25,7 @@ from qwen3_model.chat import render
 from qwen3_model.tokenizer import train_bpe
 
 from .. import corpus, strict
-from ..files import write_json, write_jsonl
+from ..files import write_json
 from ..rewards import find, mixed_seed
 from ..rewards.families import GENERAL, SCORERS, make
 from ..rewards.workers import Pool

@@ -1,4 +1,4 @@
-"""docs/RECIPE.md from the results of `evidence`: every number is read from a result, and what has not been run is not there."""
+"""docs/RECIPE.md from the results of `evidence`: every number is read from a result; what has not been run is left out."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ Results = Mapping[str, Any]
 GROUPS = {
     "arithmetic": ("linear_equation", *(f"gym/{n}" for n in (
         "basic_arithmetic", "chain_sum", "products", "decimal_arithmetic", "complex_arithmetic", "gcd", "lcm",
-        "prime_factorization", "fraction_simplification", "base_conversion", "count_bits", "simple_equations", "simple_geometry"))),
+        "prime_factorization", "fraction_simplification", "base_conversion", "count_bits", "simple_equations",
+        "simple_geometry"))),
     "words": ("gym/letter_counting", "gym/spell_backward", "gym/word_sorting"),
     "logic, counting, dates": tuple(f"gym/{n}" for n in (
-        "aiw", "family_relationships", "knights_knaves", "syllogism", "leg_counting", "calendar_arithmetic", "time_intervals")),
+        "aiw", "family_relationships", "knights_knaves", "syllogism", "leg_counting", "calendar_arithmetic",
+        "time_intervals")),
     "instructions": ("instructions",), "grounding": ("grounding",), "tool use": ("python_tool",),
 }
 # Qwen3 technical report, tables 21 and 22 and figure 2.
-TABLE_21 = (("off-policy distillation", 55.0, 90.0, None), ("+ RL", 67.6, 90.0, 17_920), ("+ on-policy distillation", 74.4, 93.3, 1_800))
+TABLE_21 = (("off-policy distillation", 55.0, 90.0, None), ("+ RL", 67.6, 90.0, 17_920),
+            ("+ on-policy distillation", 74.4, 93.3, 1_800))
 TABLE_22 = (("AIME24", 83.8, 81.9, 28.5, 81.4, 31.0), ("LiveCodeBench v5", 68.4, 67.2, 31.1, 65.7, 31.3),
             ("IFEval", 73.0, 78.4, 78.4, 85.0, 83.2), ("ThinkFollow", None, 88.7, None, 98.9, None),
             ("ToolUse", 63.3, 70.4, 73.2, 85.5, 86.5), ("CounterFactQA", 50.4, 61.3, 64.3, 68.1, 66.4))
@@ -38,7 +41,8 @@ def write(out: Path, file: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, Results]:
-    return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.stem not in ("environment", "funnel")}
+    files = sorted(p for p in folder.glob("*.json") if p.stem not in ("environment", "funnel"))
+    return {p.stem: json.loads(p.read_text()) for p in files}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -46,7 +50,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     def line(cells: Sequence[object]) -> str:
         return "| " + " | ".join("" if c is None else str(c) for c in cells) + " |"
 
-    return ["", line(head), "| " + " | ".join(":--" if i == 0 else "--:" for i in range(len(head))) + " |", *map(line, rows), ""]
+    return ["", line(head), line([":--", *["--:"] * (len(head) - 1)]), *map(line, rows), ""]
 
 
 def percent(value: float | None) -> str | None:
@@ -62,10 +66,10 @@ def page(found: Mapping[str, Mapping[str, Results]]) -> Iterator[str]:
     any_result = next(r for results in found.values() for r in results.values())
     yield "# The path on one GPU"
     yield ""
-    yield ("What `python -m training.recipes.evidence` measured, beside the shape of the Qwen3 technical report's tables 21 and 22 "
-           "and figure 2. The models are a thousand times smaller than the report's and the tasks are easy, so only the shapes "
-           "can be compared. Rewards are on held-out problems (`training.rewards.reserved`), sampled at temperature 1. "
-           f"Device: {any_result['device']}.")
+    yield ("What `python -m training.recipes.evidence` measured, beside the shape of the Qwen3 technical report's tables 21 "
+           "and 22 and figure 2. The models are a thousand times smaller than the report's and the tasks are easy, so only "
+           "the shapes can be compared. Rewards, in per cent, are on held-out problems (`training.rewards.reserved`), sampled "
+           f"at temperature 1. Device: {any_result['device']}.")
     yield ""
     yield "## Pre-training"
     yield from pretraining(found)
@@ -95,12 +99,13 @@ def pretraining(found: Mapping[str, Mapping[str, Results]]) -> Iterator[str]:
         for stage in ("s1", "s2", "s3"):
             if r := results.get(stage):
                 domains = [k for k in r["held_out"] if k.startswith("domain=")]
-                rows.append((f"{model}, {stage.upper()}", f"{r['parameters'] / 1e6:.1f}M", f"{r['active'] / 1e6:.1f}M", f"{r['seq_len']:,}",
-                             f"{r['tokens'] / 1e6:.0f}M", f"{r['mixture']['passes']:.1f}", f"{r['held_out']['loss']:.3f}",
-                             *(f"{r['held_out'][d]:.3f}" for d in domains), r["skipped"]))
+                sizes = (f"{r['parameters'] / 1e6:.1f}M", f"{r['active'] / 1e6:.1f}M", f"{r['seq_len']:,}")
+                rows.append((f"{model}, {stage.upper()}", *sizes, f"{r['tokens'] / 1e6:.0f}M", f"{r['mixture']['passes']:.1f}",
+                             *(f"{r['held_out'][k]:.3f}" for k in ("loss", *domains)), r["skipped"]))
     names = [d.removeprefix("domain=") for d in domains]
-    yield from table(("", "parameters", "active", "row", "tokens", "most passes", "held-out loss", *names, "skipped steps"), rows)
-    yield "Losses are nats per token; S1 and S2 in rows of 4,096, S3 in rows of 32,768."
+    head = ("", "parameters", "active", "row", "tokens", "passes, at most", "held-out loss", *names, "skipped steps")
+    yield from table(head, rows)
+    yield "Losses are nats per token, of held-out documents in rows of the stage's length."
     yield ""
 
 
@@ -108,7 +113,7 @@ def long_context(model: str, r: Results) -> Iterator[str]:
     if "before" not in r["probes"]:
         return
     was, now = r["probes"]["before"], r["probes"]["s3"]
-    yield f"Long context, {model}: nats per token that a needle saves of its number, and whether it is said, before and after S3."
+    yield f"Long context, {model}: nats per token that a needle saves of its number, and how often it is said right, in per cent."
     yield from table(("tokens", "depth", "saved before", "saved after", "right before", "right after"), [
         (f"{b['length']:,}", b["depth"], f"{a['gain']:.2f}", f"{b['gain']:.2f}", percent(a["accuracy"]), percent(b["accuracy"]))
         for a, b in zip(was["needle"], now["needle"])])
@@ -122,13 +127,15 @@ def rl(dense: Mapping[str, Results]) -> Iterator[str]:
     families = next(iter(seeds.values()))["families"]
     yield ""
     yield f"Families, chosen as those that the cold start left learnable: {', '.join(families)}."
-    yield from table(("", "steps", "held-out reward before", "after", "entropy, first and last", "max abs d log p", "rollouts/s"), [
-        (name, r["steps"], percent(r["before"]), percent(r["after"]),
-         f"{r['sampled_entropy_curve'][0][1]:.3f}, {r['sampled_entropy_curve'][-1][1]:.3f}", f"{r['max_gap']:.3f}", f"{r['rollouts_per_s']:,.0f}")
-        for name, r in seeds.items()])
+    rows = []
+    for name, r in seeds.items():
+        entropies = [v for _, v in r["sampled_entropy_curve"]]
+        rows.append((name, r["steps"], percent(r["before"]), percent(r["after"]), f"{entropies[0]:.3f}, {entropies[-1]:.3f}",
+                     f"{r['max_gap']:.3f}", f"{r['rollouts_per_s']:,.0f}"))
+    yield from table(("", "steps", "before", "after", "entropy, first and last", "max abs d log p", "rollouts/s"), rows)
     after = [r["after"] for r in seeds.values()]
     if len(after) > 1:
-        yield f"Over {len(after)} seeds: {100 * statistics.fmean(after):.1f} ± {100 * statistics.stdev(after):.1f} (standard deviation)."
+        yield f"{len(after)} seeds: {100 * statistics.fmean(after):.1f} ± {100 * statistics.stdev(after):.1f} (standard deviation)."
         yield ""
     if control := dense.get("control"):
         yield f"Without a cold start: {control['refusal']}"
@@ -142,8 +149,9 @@ def stages(dense: Mapping[str, Results]) -> Iterator[str]:
     rows = []
     for group, names in GROUPS.items():
         quick = [f"{n}{NO_THINK}" for n in names]
-        rows.append((group, percent(mean(two["think"], names)), percent(mean(three["think"], names)), percent(mean(three["no_think"], quick)),
-                     percent(mean(four["think"], names)), percent(mean(four["no_think"], quick))))
+        rows.append((group, *(percent(mean(r, n)) for r, n in (
+            (two["think"], names), (three["think"], names), (three["no_think"], quick), (four["think"], names),
+            (four["no_think"], quick)))))
 
     def follow(r: Results) -> str:
         """The share of replies in the mode that was asked for, whatever they say."""
@@ -157,8 +165,9 @@ def stages(dense: Mapping[str, Results]) -> Iterator[str]:
     yield from table(head, [(name, *values) for name, *values in TABLE_22])
     yield "By family:"
     yield from table(head, [
-        (n, percent(two["think"][n]["reward"]), percent(three["think"][n]["reward"]), percent(mean(three["no_think"], [f"{n}{NO_THINK}"])),
-         percent(four["think"][n]["reward"]), percent(mean(four["no_think"], [f"{n}{NO_THINK}"]))) for n in two["think"]])
+        (n, *(percent(mean(r, [m])) for r, m in (
+            (two["think"], n), (three["think"], n), (three["no_think"], f"{n}{NO_THINK}"), (four["think"], n),
+            (four["no_think"], f"{n}{NO_THINK}")))) for n in two["think"]])
 
 
 def distillation(r: Results) -> Iterator[str]:
@@ -166,8 +175,8 @@ def distillation(r: Results) -> Iterator[str]:
     quick = [f"{n}{NO_THINK}" for n in names]
 
     def row(name: str, measured: Results, seconds: float | None) -> tuple[object, ...]:
-        return (name, percent(mean(measured, names)), percent(mean(measured, names, "pass_at_k")), percent(mean(measured, quick)),
-                None if seconds is None else f"{seconds:.0f}")
+        return (name, percent(mean(measured, names)), percent(mean(measured, names, "pass_at_k")),
+                percent(mean(measured, quick)), None if seconds is None else f"{seconds:.0f}")
 
     k = r["pass_k"]
     yield from table(("", "think", f"pass@{k}", "no_think", "seconds"), [
@@ -176,8 +185,8 @@ def distillation(r: Results) -> Iterator[str]:
         row("+ on-policy distillation", r["on_policy"]["measured"], r["on_policy"]["training_seconds"])])
     on, rl_ = (mean(r[n]["measured"], [*names, *quick]) for n in ("on_policy", "student_rl"))
     verdict = "is ahead of" if on > rl_ else "is not ahead of"
-    yield (f"Student of {r['base']['parameters'] / 1e6:.1f}M parameters, from the same off-policy checkpoint in as many seconds; over both modes "
-           f"on-policy distillation ({percent(on)}) {verdict} RL ({percent(rl_)}).")
+    yield (f"Student of {r['base']['parameters'] / 1e6:.1f}M parameters, from the same off-policy checkpoint in as many seconds; "
+           f"over both modes on-policy distillation ({percent(on)}) {verdict} RL ({percent(rl_)}).")
     yield ""
     yield "The report's, for Qwen3-8B on AIME24 (table 21; pass@64, GPU hours):"
     yield from table(("", "pass@1", "pass@64", "GPU hours"), [
@@ -186,8 +195,8 @@ def distillation(r: Results) -> Iterator[str]:
 
 def budget(r: Results) -> Iterator[str]:
     yield ""
-    yield (f"{r['count']} held-out problems; thinking is cut after so many tokens and closed. Uncut: {percent(r['whole'])}, with "
-           f"{r['thinking_tokens']:.0f} tokens of thinking on average; under /no_think {percent(r['no_think'])}.")
+    yield (f"{r['count']} held-out problems; thinking is cut after so many tokens and closed. Uncut: {percent(r['whole'])}, "
+           f"with {r['thinking_tokens']:.0f} tokens of thinking on average; under /no_think {percent(r['no_think'])}.")
     yield from table(("thinking tokens", "reward", "cut"), [
         (p["budget"], percent(p["reward"]), f"{100 * p['cut']:.0f} %") for p in r["curve"]])
     yield "The report's, for Qwen3-235B-A22B on AIME24 (figure 2); without thinking 40.1:"
@@ -197,8 +206,9 @@ def budget(r: Results) -> Iterator[str]:
 def speed(found: Mapping[str, Mapping[str, Results]]) -> Iterator[str]:
     rows = [(f"{model}, {name}", f"{r['tokens_per_s']:,.0f}", percent(r["mfu"]), None, None, f"{r['seconds']:.0f}")
             for model, results in found.items() for name, r in results.items() if "tokens_per_s" in r]
-    rows += [(f"{model}, {name}", None, None, f"{r['rollouts_per_s']:,.0f}", f"{r['sampled_tokens_per_s']:,.0f}", f"{r['seconds']:.0f}")
-             for model, results in found.items() for name, r in results.items() if "rollouts_per_s" in r]
+    rows += [(f"{model}, {name}", None, None, f"{r['rollouts_per_s']:,.0f}", f"{r['sampled_tokens_per_s']:,.0f}",
+              f"{r['seconds']:.0f}") for model, results in found.items() for name, r in results.items() if "rollouts_per_s" in r]
     yield from table(("", "tokens/s", "MFU, %", "rollouts/s", "sampled tokens/s", "seconds in all"), rows)
-    yield ("Tokens/s: median over the run, evaluation apart. MFU: 6 FLOP per active parameter and token, the tied head once, and attention over "
-           "the documents as they lie in the rows, of 989 TFLOP/s. Rollouts/s: conversations sampled and scored per second, per GPU.")
+    yield ("Tokens/s: median over the run, evaluation apart. MFU: 6 FLOP per active parameter and token, the tied head once, and "
+           "attention over the documents as they lie in the rows, of 989 TFLOP/s. Rollouts/s: conversations sampled and scored "
+           "per second, per GPU.")
