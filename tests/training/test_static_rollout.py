@@ -60,6 +60,28 @@ def test_new_requests_while_others_run(model):
     assert {x.request.key: x.ids for x in done} == {x.request.key: x.ids for x in roller(model).run(asked)}
 
 
+def test_a_slot_that_was_idle_for_long(model):
+    """It went on decoding all the time; a request that comes late finds it as new."""
+    r = static(model, slots=4, stop_ids=())
+    late, long = Request("late", [20, 21], 5, 6), Request("long", [30], 6, 40)
+    r.submit(long)
+    done = [x for _ in range(4) for x in r.step()]
+    r.submit(late)
+    while r.busy:
+        done += r.step()
+    assert told(sorted(done, key=lambda x: x.request.key)) == told(roller(model, stop_ids=()).run([late, long]))
+
+
+def test_a_stop_token_at_the_limit_is_a_stop(model):
+    ids = roller(model, stop_ids=()).run([Request(0, [20, 30], 3, 12)])[0].ids
+    n = next(i for i in range(3, 12) if ids[i] not in ids[:i])  # in every place of a chunk, and no stop before it
+    for chunk in (1, 2, 3, 4, 16):
+        (found,) = static(model, stop_ids=[ids[n]], chunk=chunk).run([Request(0, [20, 30], 3, n + 1)])
+        assert found.ids == ids[: n + 1] and found.finish_reason == "stop"
+        (short,) = static(model, stop_ids=[ids[n]], chunk=chunk).run([Request(0, [20, 30], 3, n)])
+        assert short.ids == ids[:n] and short.finish_reason == "length"
+
+
 def test_reset_forgets(model):
     r = static(model)
     fresh = told(r.run(requests(10)))
