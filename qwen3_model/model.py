@@ -64,6 +64,8 @@ class Attention(nn.Module):
         q_THC, k_TKC = qk_norm_rope(q_THC, k_TKC, *weights, step.cos, step.sin, self.eps, exact=self.exact)
         if step.cache is not None:
             step.cache.update(self.layer, k_TKC, v_TKC, *step.where)
+            if step.spans is not None and not self.exact:
+                return self.o_proj(step.cache.attend(self.layer, q_THC, step.spans).flatten(-2))
             if step.cu_seqlens is None:  # else a prefill, which has all its keys at hand
                 k_TKC, v_TKC = step.cache.k[self.layer], step.cache.v[self.layer]
         attend = exact.attention if self.exact else attention

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from . import Family
+from . import Family, Problem
 from .chains import Chain
 from .grounding import Grounding
 from .gym import NAMES, SCORER as GYM_SCORER, Gym
@@ -29,6 +30,28 @@ MAKERS: dict[str, Callable[[Pool], Family]] = {
 GENERAL = tuple(name for name in MAKERS if not name.startswith("chain"))
 """What general RL draws from without a choice: instruction and format following, tool use, grounding, reasoning. Families
 that need data or a judge (`maths.Maths`, `judges`) are added by the caller."""
+
+
+class NoThinking:
+    """A family whose problems ask for no thinking; its other properties are those of the family given."""
+
+    def __init__(self, family: Family):
+        self._family, self.name = family, f"{family.name}{NO_THINK}"
+        self.max_level, self.turns = family.max_level, family.turns
+        self.scores, self.respond = family.scores, family.respond
+
+    def problem(self, seed: int, level: int) -> Problem:
+        p = self._family.problem(seed, level)
+        *before, last = p.messages
+        asked = {**last, "content": f"{last['content']} {NO_THINK}"}
+        return replace(p, family=self.name, messages=(*before, asked), thinking=False)
+
+
+NO_THINK = "/no_think"
+MAKERS |= {
+    f"{name}{NO_THINK}": (lambda pool, make=make: NoThinking(make(pool)))
+    for name, make in [*MAKERS.items()] if "think" not in name and name != "chain"
+}
 
 
 def make(names: Sequence[str], pool: Pool) -> dict[str, Family]:
