@@ -22,10 +22,11 @@ from qwen3_model.model import Qwen3
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 SXM's datasheet: what MFU is a share of
 
 
-def flops_per_token(config: Qwen3Config, length: int) -> float:
-    """6 per parameter, and causal attention's products: 2·H·C·T forward, twice that backward."""
+def flops_per_token(config: Qwen3Config, length: int, frozen: bool = False) -> float:
+    """6 per parameter (4 when they are frozen and only small adapters learn, which are not counted), and causal
+    attention's products: 2·H·C·T forward, twice that backward."""
     attention = 6 * config.num_attention_heads * config.head_dim * length * config.num_hidden_layers
-    return 6 * config.num_params(active=True) + attention
+    return (4 if frozen else 6) * config.num_params(active=True) + attention
 
 
 def fill(model: nn.Module, seed: int = 0) -> None:
@@ -48,12 +49,15 @@ def ours(config: Qwen3Config) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return model, loss
 
 
-def _transformers(config: Qwen3Config) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def _transformers(
+    config: Qwen3Config, attention: str | None = "sdpa"
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     import transformers
 
     family = "Qwen3Moe" if config.num_experts else "Qwen3"
     settings = getattr(transformers, f"{family}Config")(**config.to_dict())
-    settings._attn_implementation = "sdpa"
+    if attention is not None:
+        settings._attn_implementation = attention
     model = getattr(transformers, f"{family}ForCausalLM")(settings)
     return model, lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
@@ -69,7 +73,7 @@ def patched(config: Qwen3Config) -> tuple[nn.Module, Callable[[Tensor], Tensor]]
     from qwen3_kernels.integrations import transformers as integration
 
     integration.apply()
-    return _transformers(config)
+    return _transformers(config, attention=None)  # the patch chooses, unless one is asked for
 
 
 def compiled(config: Qwen3Config) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -84,9 +88,11 @@ IMPLS = {
 }
 
 
-def measure(impl: str, config: Qwen3Config, rows: int, length: int, steps: int, profile: bool = False) -> dict:
+def measure(
+    impl: str, config: Qwen3Config, rows: int, length: int, steps: int, profile: bool = False, lora_rank: int = 0
+) -> dict:
     """Milliseconds of each timed step, first loss and gradient norm, peak memory; three steps of warm-up before."""
-    from training.optim import clip_grad_norm_
+    from training.optim import clip_factor
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -94,14 +100,19 @@ def measure(impl: str, config: Qwen3Config, rows: int, length: int, steps: int, 
         model, loss_of = IMPLS[impl](config)
         fill(model)
         tokens = torch.randint(config.vocab_size, (rows, length), generator=torch.Generator("cuda").manual_seed(1))
+    if lora_rank:
+        from training import lora
+
+        lora.add(model, lora_rank)
     model.train()
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> tuple[Tensor, Tensor]:
         loss = loss_of(tokens)
         loss.backward()
-        norm = clip_grad_norm_([p.grad for p in parameters], 1.0)
+        norm, factor = clip_factor([p.grad for p in parameters], 1.0)
+        optimizer.grad_scale = factor.reciprocal()  # the fused step divides by it
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach(), norm
@@ -143,14 +154,18 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--rows", type=int, default=8)
     p.add_argument("--seq-len", type=int, default=4096)
     p.add_argument("--steps", type=int, default=8, help="timed steps")
+    p.add_argument("--lora-rank", type=int, default=0, help="adapters of this rank on all layers, the rest frozen (ours only)")
     p.add_argument("--profile", action="store_true", help="also the time on the device by op")
     args = p.parse_args(argv)
+    if args.lora_rank < 0 or (args.lora_rank and args.impl != "ours"):
+        p.error(f"--lora-rank is {args.lora_rank} with --impl {args.impl}; expected 0, or above with --impl ours")
     if not torch.cuda.is_available():
         p.error("torch finds no CUDA device")
     config = Qwen3Config.from_name(args.model, **({"num_hidden_layers": args.layers} if args.layers else {}))
-    result = measure(args.impl, config, args.rows, args.seq_len, args.steps, args.profile)
+    result = measure(args.impl, config, args.rows, args.seq_len, args.steps, args.profile, args.lora_rank)
     rate = args.rows * args.seq_len / statistics.median(result["ms"]) * 1e3
-    result |= {"tokens_per_s": rate, "mfu_pct": 100 * rate * flops_per_token(config, args.seq_len) / PEAK_FLOPS}
+    flops = rate * flops_per_token(config, args.seq_len, frozen=args.lora_rank > 0)
+    result |= {"tokens_per_s": rate, "tflops": flops * 1e-12, "mfu_pct": 100 * flops / PEAK_FLOPS}
     print(json.dumps(result))
 
 

@@ -2,11 +2,11 @@
 
 from .ops import (
     attention, cross_entropy, linear_cross_entropy, linear_kl, moe_experts, moe_lora, moe_router, qk_norm_attention,
-    qk_norm_rope, rms_norm, routing_plan, swiglu,
+    qk_norm_rope, rms_norm, routing_plan, swiglu, swiglu_mlp,
 )
 from .version import __version__
 
 __all__ = [
     "attention", "cross_entropy", "linear_cross_entropy", "linear_kl", "moe_experts", "moe_lora", "moe_router",
-    "qk_norm_attention", "qk_norm_rope", "rms_norm", "routing_plan", "swiglu", "__version__",
+    "qk_norm_attention", "qk_norm_rope", "rms_norm", "routing_plan", "swiglu", "swiglu_mlp", "__version__",
 ]

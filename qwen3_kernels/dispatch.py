@@ -22,7 +22,7 @@ import torch
 OPS = (
     "rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention",
     "moe_router",  # and the routing plan
-    "moe_experts",
+    "moe_experts", "swiglu_mlp",
 )
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
@@ -31,11 +31,12 @@ BACKENDS = ("cpu", "cuda", "triton", "torch")
 PREFERENCE = {
     "cpu": {op: ("cpu", "torch") for op in OPS} | {
         "moe_router": ("torch",),  # a few sorts of a few hundred numbers
+        "swiglu_mlp": ("torch",),  # torch: its products and the op swiglu
     },
     "cuda": {op: ("triton", "torch") for op in OPS} | {
         "attention": ("cuda", "torch"), "rms_norm": ("triton", "cuda", "torch"),
         "linear_cross_entropy": ("cuda", "triton", "torch"),  # the compiled one needs Hopper's wgmma
-        "moe_experts": ("cuda", "triton", "torch"),  # as here
+        "moe_experts": ("cuda", "triton", "torch"), "swiglu_mlp": ("cuda", "torch"),  # as here
     },
 }
 DTYPES = {

@@ -18,6 +18,7 @@ from .ops.moe_router import moe_router, moe_router_ref
 from .ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from .ops.rms_norm import rms_norm, rms_norm_ref
 from .ops.swiglu import swiglu, swiglu_ref
+from .ops.swiglu_mlp import MIN_ROWS, swiglu_mlp, swiglu_mlp_ref
 
 LIMIT = 2.0  # DESIGN rule: error at most twice that of plain torch
 
@@ -119,6 +120,8 @@ def inputs_for(op: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         weights = torch.rand(5, 2, generator=g).to(device)
         return {"x": rand(5, 64), "gate_up": rand(5, 96, 64) / 8, "down": rand(5, 64, 48) / 7, "ids": ids,
                 "weights": weights}
+    if op == "swiglu_mlp":
+        return {"x": rand(MIN_ROWS + 5, 64), "gate": rand(72, 64) / 8, "up": rand(72, 64) / 8, "down": rand(64, 72) / 8}
     if op == "attention":
         n, width = (200, 128) if device == "cuda" else (40, 64)  # more than a block; the width that the kernels take
         cu = torch.tensor([0, 3, 3, n], dtype=torch.int32, device=device)
@@ -143,6 +146,6 @@ _PAIRS = {
     "linear_cross_entropy": (linear_cross_entropy, linear_cross_entropy_ref),
     "qk_norm_rope": (qk_norm_rope, qk_norm_rope_ref),
     "moe_router": (_floats(moe_router), _floats(moe_router_ref)),
-    "moe_experts": (moe_experts, moe_experts_ref),
+    "moe_experts": (moe_experts, moe_experts_ref), "swiglu_mlp": (swiglu_mlp, swiglu_mlp_ref),
     "attention": (attention, attention_ref),
 }

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
+
+from qwen3_kernels.ops import attention_ref
 
 from .config import Qwen3Config
 
@@ -47,6 +52,20 @@ class KVCache:
         self.k[layer].index_put_((rows, slots), k)
         self.v[layer].index_put_((rows, slots), v)
 
+    def flash(self) -> bool:
+        """Whether `attend` serves here: half precision on a GPU where torch's kernel is right."""
+        return self.k.is_cuda and self.k.element_size() == 2 and _flash_is_right(self.k.device, self.k.dtype, self.k.shape[-1])
+
+    def spans(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(where each row's query starts, where each row's slots start, slots in use with one new token), int32."""
+        rows = torch.arange(self.batch + 1, device=self.k.device, dtype=torch.int32)
+        return rows, rows * self.max_len, self.lengths + 1
+
+    def attend(self, layer: int, q: Tensor, spans: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Attention of one new token per row, q [B, 1, H, D], whose key and value are in place: [B, 1, H, D]. Reads no
+        slot that is not in use, and needs no copy of the keys for the queries that share them."""
+        return _flash(q[:, 0], self.k[layer], self.v[layer], spans, self.max_len).unsqueeze(1)
+
     def advance(self, counts: int | Tensor) -> None:
         """Count `counts` more tokens as valid: the same in every row, or [batch] per row."""
         if isinstance(counts, Tensor) and counts.shape != self.lengths.shape:
@@ -59,3 +78,35 @@ class KVCache:
             self.lengths.zero_()
         else:
             self.lengths[rows] = 0
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, spans: tuple[Tensor, Tensor, Tensor], max_len: int) -> Tensor:
+    """q [B, H, D], k, v [B, max_len, Hk, D] -> [B, H, D] by torch's FlashAttention (Dao 2023, arXiv 2307.08691), which takes
+    the rows as packed documents of which it reads the beginning."""
+    queries, slots, used = spans
+    return torch.ops.aten._flash_attention_forward(
+        q.contiguous(), k.flatten(0, 1), v.flatten(0, 1), queries, slots, 1, max_len, 0.0, False, False, scale=q.shape[-1] ** -0.5,
+        seqused_k=used,
+    )[0]
+
+
+@functools.cache
+def _flash_is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Its arguments are internal to torch, so it is tried before it is used."""
+    B, T, H, Hk = 3, 40, 4, 2
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(B, n, h, width, device=device, generator=generator).to(dtype) for n, h in ((1, H), (T, Hk), (T, Hk)))
+    used = torch.tensor([1, 17, T], dtype=torch.int32, device=device)
+    rows = torch.arange(B + 1, dtype=torch.int32, device=device)
+    try:
+        out = _flash(q[:, 0], k, v, (rows, rows * T, used), T)
+    except (RuntimeError, TypeError, AttributeError) as e:
+        warnings.warn(f"torch's FlashAttention over a KV cache does not run here, so decoding is slower: {e}", stacklevel=2)
+        return False
+    wanted = attention_ref(q.double(), k.double(), v.double(), q_start=used - 1)[:, 0]
+    plain = attention_ref(q, k, v, q_start=used - 1)[:, 0]
+    error, bound = ((x.double() - wanted).abs().max().item() for x in (out, plain))
+    if not error <= 2 * bound:
+        warnings.warn(f"torch's FlashAttention over a KV cache is off by {error:.2g}, so it is not used", stacklevel=2)
+        return False
+    return True

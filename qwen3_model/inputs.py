@@ -21,6 +21,7 @@ class Step(NamedTuple):
     cache: KVCache | None
     where: tuple[Tensor, Tensor] | None  # (rows, slots) of the new tokens in the cache
     q_start: Tensor | None
+    spans: tuple[Tensor, Tensor, Tensor] | None  # of the rows in the cache, see `cache.attend`
 
 
 def prepare(
@@ -29,7 +30,7 @@ def prepare(
 ) -> Step:
     """Arguments and errors as `Qwen3.forward`."""
     _check(config, tokens, positions, cu_seqlens, cache)
-    device, where, q_start = tokens.device, None, None
+    device, where, q_start, spans = tokens.device, None, None, None
     index = torch.arange(tokens.shape[-1], device=device)
     if cu_seqlens is not None:
         document = torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
@@ -39,8 +40,10 @@ def prepare(
         q_start = cache.lengths
         index = q_start.unsqueeze(1).long() + index
         where = (torch.arange(cache.batch, device=device).unsqueeze(1), index)
+        if tokens.shape[1] == 1 and cache.flash():
+            spans = cache.spans()
     cos, sin = rope.rope_tables(index if positions is None else positions, inv_freq, rope_factor)
-    return Step(cos, sin, cu_seqlens, cache, where, q_start)
+    return Step(cos, sin, cu_seqlens, cache, where, q_start, spans)
 
 
 def _check(

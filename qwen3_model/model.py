@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3_kernels import attention
+from qwen3_kernels import attention, swiglu_mlp
+from qwen3_kernels.ops.linears import project
+from qwen3_kernels.ops.swiglu_mlp import fuses
 
 from . import exact, recompute, rope
 from .cache import KVCache
@@ -50,7 +52,9 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Norm(C, config), Norm(C, config)
 
     def forward(self, x_TD: Tensor, step: Step) -> Tensor:
-        q_THC, k_TKC, v_TKC = (proj(x_TD).unflatten(-1, (-1, self.C)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q_THC, k_TKC, v_TKC = (
+            y.unflatten(-1, (-1, self.C)) for y in project(x_TD, self.q_proj, self.k_proj, self.v_proj)
+        )
         weights = self.q_norm.weight, self.k_norm.weight
         if step.cache is None and not self.exact:
             out_THC = qk_norm_attention(
@@ -60,6 +64,8 @@ class Attention(nn.Module):
         q_THC, k_TKC = qk_norm_rope(q_THC, k_TKC, *weights, step.cos, step.sin, self.eps, exact=self.exact)
         if step.cache is not None:
             step.cache.update(self.layer, k_TKC, v_TKC, *step.where)
+            if step.spans is not None and not self.exact:
+                return self.o_proj(step.cache.attend(self.layer, q_THC, step.spans).flatten(-2))
             if step.cu_seqlens is None:  # else a prefill, which has all its keys at hand
                 k_TKC, v_TKC = step.cache.k[self.layer], step.cache.v[self.layer]
         attend = exact.attention if self.exact else attention
@@ -76,7 +82,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, D, bias=False)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, None]:
-        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD), exact=self.exact)), None
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if not self.exact and fuses(x_TD, *layers):
+            return swiglu_mlp(x_TD, *(layer.weight for layer in layers)), None
+        return self.down_proj(swiglu(*project(x_TD, self.gate_proj, self.up_proj), exact=self.exact)), None
 
 
 class Layer(nn.Module):

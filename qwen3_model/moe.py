@@ -37,6 +37,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
 
+    def forward(self, x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
+        return moe_experts(x_ND, self.gate_up_proj, self.down_proj, expert_NK, weight_NK)
+
 
 class Routing(NamedTuple):
     """What one block's router did: for replay (`expert_ids`), losses and metrics (`balance`)."""
@@ -79,8 +82,7 @@ class MoE(nn.Module):
         weight_NK, expert_NK, *stats = moe_router(
             logits_NE, self.K, renormalise=self.renormalise, expert_ids=expert_ids, mask=mask, return_stats=want_stats
         )
-        y_ND = moe_experts(x_ND, self.experts.gate_up_proj, self.experts.down_proj, expert_NK, weight_NK)
-        return y_ND, Routing(logits_NE, expert_NK, stats[0] if stats else None)
+        return self.experts(x_ND, expert_NK, weight_NK), Routing(logits_NE, expert_NK, stats[0] if stats else None)
 
     # ---- exact: transformers' eager experts, rounding for rounding ---------------------------------------------------
 

@@ -40,6 +40,7 @@ class TrainConfig:
     start: Path  # folder of the model to start from: config.json, safetensors and tokenizer.json, ours or Hugging Face's
     out: Path  # checkpoints, logs and the finished model; an unfinished run found here is resumed
     steps: int = 100
+    max_minutes: float = math.inf  # a process that has trained for so long ends the run as if this had been its last step
     lr: float = 1e-5
     schedule: Literal["wsd", "cosine"] = "wsd"
     warmup: int = 5  # steps
@@ -65,7 +66,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "tokens_per_pack", "log_every", "save_every", "keep"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lr", "max_grad_norm", "lora_alpha"):
+        for name in ("lr", "max_grad_norm", "lora_alpha", "max_minutes"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("weight_decay", "seed", "lora_rank", "warmup"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
@@ -181,7 +182,7 @@ def train(
         resumed = checkpoint.latest(config.out / "checkpoints")
         if resumed is not None:
             check_same_run(resumed, identity)
-            if resumed.step == config.steps and final.is_dir():
+            if resumed.fields["finished"] and final.is_dir():
                 return final
         record = identity | {"environment": environment.describe(config.device, DTYPES[config.dtype])}
         write_json(config.out / "run.json", record)
@@ -192,20 +193,25 @@ def train(
                     f"train, {config.dtype} on {config.device}" + (f", resumed after step {done}" if done else ""))
             if resumed is None and begin is not None:
                 begin(run)
-            for step in range(done, config.steps):
+            until = time.monotonic() + 60 * config.max_minutes
+            last = resumed is not None and resumed.fields["finished"]
+            for step in range(done, done if last else config.steps):
                 clock = time.perf_counter()
                 metrics = step_fn(run, step)
                 log.write("train", step + 1, metrics)
                 log.write("speed", step + 1, {"seconds": time.perf_counter() - clock})
-                last = step + 1 == config.steps
+                last = step + 1 == config.steps or time.monotonic() >= until
                 if last or (step + 1) % config.log_every == 0:
                     log.say(f"step {step + 1}/{config.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
                     log.advance(step + 1)
                 if last or (step + 1) % config.save_every == 0:
                     checkpoint.save(
-                        config.out / "checkpoints", step + 1, run.model, run.optimizer, identity | {"state": run.state},
-                        keep=config.keep, save_model=lora.save if config.lora_rank else None,
+                        config.out / "checkpoints", step + 1, run.model, run.optimizer,
+                        identity | {"state": run.state, "finished": last}, keep=config.keep,
+                        save_model=lora.save if config.lora_rank else None,
                     )
+                if last:
+                    break
             tmp = config.out / ".model.tmp"  # a folder of the final name is taken for finished
             shutil.rmtree(tmp, ignore_errors=True)
             run.save_model(tmp)

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qwen3_kernels import moe_lora
+from qwen3_kernels.ops import Adapters
 from qwen3_model.model import Qwen3
 from qwen3_model.moe import Experts
 
@@ -50,8 +52,8 @@ class LoRALinear(nn.Module):
 
 
 class LoRAExperts(nn.Module):
-    """Adapters of all experts. Per matrix, lora_A: [E, r, in], lora_B: [E, out, r]. The experts read whole weights, so
-    these are W + delta, made anew in every forward: memory for one layer's experts, no change to the model's code."""
+    """Adapters of all experts, by the op `moe_lora`. Per matrix, lora_A: [E, r, in], lora_B: [E, out, r]. As attributes,
+    which `numerics="exact"` reads, the matrices are W + delta, made anew each time."""
 
     def __init__(self, base: Experts, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
@@ -61,6 +63,12 @@ class LoRAExperts(nn.Module):
             E, out, into = w.shape
             self.register_parameter(f"{name}_A", nn.Parameter(_uniform((E, rank, into), w, generator)))
             self.register_parameter(f"{name}_B", nn.Parameter(w.new_zeros(E, out, rank)))
+
+    def forward(self, x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
+        factors = Adapters(self.gate_up_proj_A, self.gate_up_proj_B, self.down_proj_A, self.down_proj_B)
+        return moe_lora(
+            x_ND, self.base.gate_up_proj, self.base.down_proj, expert_NK, weight_NK, factors, scale=self.scale
+        )
 
     def delta(self, name: str) -> Tensor:
         return self.scale * torch.bmm(getattr(self, f"{name}_B"), getattr(self, f"{name}_A"))

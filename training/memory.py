@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from qwen3_kernels.ops.linear_cross_entropy import MAX_ROUNDED_CHUNKS, chunk_size
+from qwen3_kernels.ops.swiglu_mlp import MIN_ROWS
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
 from qwen3_model.recompute import POLICIES
@@ -166,7 +167,8 @@ class _Step:
         products, cheap = 2 * D + 2 * Q + 2 * K, 2 * D + Q + K  # elements per token: of products and sums; of norms
         other = 4 * (2 + m.num_attention_heads)  # bytes per token: 1/rms, log-sum-exp
         if not m.is_moe_layer(i):
-            products, cheap = products + 2 * m.intermediate_size, cheap + m.intermediate_size
+            products += 2 * m.intermediate_size
+            cheap += 0 if self._fused_mlp else m.intermediate_size
         else:
             A, F, E = m.num_experts_per_tok, m.moe_intermediate_size, m.num_experts
             products += 2 * A * F + E  # gate and up of each expert; the router's logits
@@ -178,7 +180,7 @@ class _Step:
         m, b, D, policy = self.model, self.b, self.model.hidden_size, self.config.recompute
         again = self.layer(i, "none") if policy == "full" else 0
         if not m.is_moe_layer(i):  # at SwiGLU: gradients of the layer's output, of SwiGLU's output, of gate and up
-            wide = 3 if policy == "norm+swiglu" else 2  # else SwiGLU's own output has just made room for one of them
+            wide = 3 if policy == "norm+swiglu" or self._fused_mlp else 2  # else SwiGLU's own output has just made room for one of them
             return again + self.N * (D + wide * m.intermediate_size) * b
         A, F, E = m.num_experts_per_tok, m.moe_intermediate_size, m.num_experts
         # The gradient of the output, that of gate_up; then either SwiGLU's part, of every expert of a token, or the sum
@@ -206,6 +208,11 @@ class _Step:
     @property
     def _fused_loss(self) -> bool:
         return self.device == "cuda" and self.b == 2
+
+    @property
+    def _fused_mlp(self) -> bool:
+        """SwiGLU's output is not kept."""
+        return self.device == "cuda" and self.b == 2 and self.N >= MIN_ROWS
 
     # ---- the moments -------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import fcntl
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -31,7 +32,7 @@ from qwen3_model.model import Qwen3
 from . import checkpoint, environment, memory
 from .config import DTYPES, FREE, Config, to_json
 from .data.mixture import data_sets, describe, open_loader
-from .data.packing import IGNORE, Batch, evaluation_batches
+from .data.packing import IGNORE, Batch, Loader, evaluation_batches
 from .data.shards import TokenShards
 from .files import write_json
 from .log import Log
@@ -131,8 +132,7 @@ def train(
                     f"{config.steps * config.rows * config.seq_len:,} to train on, {config.dtype} on {config.device}"
                     + (f", resumed after step {done}" if done else ""))
             clock, seen = time.perf_counter(), 0
-            for step in range(done, config.steps):
-                batches = [loader.batch(step, micro=m, micros=config.micros) for m in range(config.micros)]
+            for step, batches in ahead(loader, config, done):
                 loss, norm, kept = train_step(
                     model, optimizer, batches, loss_fn, lr=config.lr_at(step), max_grad_norm=config.max_grad_norm
                 )
@@ -161,6 +161,23 @@ def train(
                 if not pending:
                     clock, seen = time.perf_counter(), 0
     return final
+
+
+def ahead(loader: Loader, config: Config, done: int) -> Iterator[tuple[int, list[Batch]]]:
+    """(step, its micro-steps' batches) from ``done`` on, each made in a thread while the step before it runs; for a GPU in
+    pinned memory, from where they are copied without a stop."""
+
+    def make(step: int) -> list[Batch]:
+        batches = [loader.batch(step, micro=m, micros=config.micros) for m in range(config.micros)]
+        return [Batch(*(t.pin_memory() for t in vars(b).values())) for b in batches] if pin else batches
+
+    pin = config.device.startswith("cuda")
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, done) if done < config.steps else None
+        for step in range(done, config.steps):
+            batches = coming.result()
+            coming = pool.submit(make, step + 1) if step + 1 < config.steps else None
+            yield step, batches
 
 
 def set_up(config: Config, model_config: Qwen3Config, resumed: checkpoint.Checkpoint | None) -> tuple[Qwen3, Optimizer]:

@@ -35,8 +35,9 @@ from .losses import PRESETS, PolicyGradient, advantages, preset, token_weight
 from .rewards import EMPTY_BLOCK, Family, Problem, Reply, find, format_gate, mixed_seed, rng_of
 from .rewards.families import MAKERS, SCORERS, make, maker
 from .rewards.workers import Pool
-from .rollout import Request, Roller, Rollout
+from .rollout import Request, Rollout
 from .samples import Packed, Sample, packs
+from .static_rollout import roller_for
 
 MAX_TILT = 0.9
 WINDOW = 4  # steps that a level's mean reward is taken over
@@ -147,7 +148,7 @@ def play(
 ) -> list[Episode]:
     """``repeats`` conversations for each problem, scored; those of problem i have group i. The families' environments
     answer between turns. Raises ValueError for a prompt over max_prompt."""
-    roller = Roller(
+    roller = roller_for(
         model, slots=slots, max_len=min(max_prompt + max_tokens, model.config.max_position_embeddings),
         temperature=temperature, stop_ids=tokenizer.stop_ids, record_experts=record_experts,
     )
@@ -393,13 +394,13 @@ def evaluate(
     model: Qwen3, tokenizer: Tokenizer, families: Mapping[str, Family], problems: Sequence[Problem], config: RLConfig,
 ) -> dict[str, float]:
     """One sample of each problem: {"family/reward", "/format", "/length"}."""
+    episodes = play(model, tokenizer, families, problems, repeats=1, seed=mixed_seed("evaluate"),
+                    temperature=config.temperature, max_tokens=config.max_tokens, max_prompt=config.max_prompt,
+                    slots=config.slots)
     found = {}
-    for name, family in families.items():
-        own = [p for p in problems if p.family == family.name]
-        episodes = play(model, tokenizer, families, own, repeats=1, seed=mixed_seed("evaluate"),
-                        temperature=config.temperature, max_tokens=config.max_tokens, max_prompt=config.max_prompt,
-                        slots=config.slots)
-        found |= {f"{name}/{k}": v for k, v in summary(episodes).items() if k in ("reward", "format", "length")}
+    for name in families:
+        own = summary([e for e in episodes if e.problem.family == name])
+        found |= {f"{name}/{k}": own[k] for k in ("reward", "format", "length")}
     return found
 
 

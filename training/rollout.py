@@ -74,12 +74,7 @@ class Roller:
         self, model: Qwen3, *, slots: int, max_len: int, temperature: float = 1.0, stop_ids: Sequence[int],
         record_experts: bool = True,
     ):
-        if slots < 1:
-            raise ValueError(f"slots is {slots}; expected at least 1")
-        if max_len > model.config.max_position_embeddings:
-            raise ValueError(f"max_len is {max_len}; expected at most the model's {model.config.max_position_embeddings}")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; expected above 0")
+        self.check(model, slots, max_len, temperature)
         self.model, self.slots, self.max_len, self.temperature = model, slots, max_len, temperature
         self.stop_ids = frozenset(stop_ids)
         self._recording = record_experts and model.config.num_experts > 0
@@ -90,6 +85,15 @@ class Roller:
         self._seeds = torch.zeros(slots, 1, dtype=torch.int64, device=device)
         self._steps = torch.zeros(slots, 1, dtype=torch.int64, device=device)
         self._next = torch.zeros(max(slots, MIN_ROWS), dtype=torch.int64, device=device)
+
+    @staticmethod
+    def check(model: Qwen3, slots: int, max_len: int, temperature: float) -> None:
+        if slots < 1:
+            raise ValueError(f"slots is {slots}; expected at least 1")
+        if max_len > model.config.max_position_embeddings:
+            raise ValueError(f"max_len is {max_len}; expected at most the model's {model.config.max_position_embeddings}")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; expected above 0")
 
     @property
     def busy(self) -> bool:

@@ -19,7 +19,7 @@ constexpr int kWidth = 128, kQueries = 128, kKeys = 128, kStages = 2;
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
 constexpr int kSlab = 128 * 64 * 2;        // bytes of 128 rows x 64 elements, the unit that TMA swizzles
 constexpr int kTile = kWidth / 64 * kSlab;  // 128 rows of a head
-constexpr int kShared = (1 + 2 * kStages) * kTile + 1024 + (2 + 4 * kStages) * 8;
+constexpr int kShared = (1 + 2 * kStages) * kTile + (2 + 4 * kStages) * 8;
 constexpr int64_t kCacheBytes = 32 << 20;  // keys and values that stay in L2 (50 MB)
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -107,8 +107,7 @@ template <bool CAUSAL>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                    const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Attention a, int tiles, int section) {
-  extern __shared__ uint8_t raw[];
-  uint8_t* const q_tile = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  extern __shared__ __align__(1024) uint8_t q_tile[];
   uint8_t *const k_tiles = q_tile + kTile, *const v_tiles = k_tiles + kStages * kTile;
   uint64_t* const q_full = reinterpret_cast<uint64_t*>(v_tiles + kStages * kTile);
   uint64_t *const q_empty = q_full + 1, *const k_full = q_empty + 1, *const k_empty = k_full + kStages;
@@ -162,14 +161,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   registers_take<240>();
-  const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
+  const int consumer = uniform(threadIdx.x / 128 - 1), warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
   const bool elected = threadIdx.x % 128 == 0;
   const float scale_log2 = a.scale * kLog2e;
   const uint64_t q_descriptor = matrix_descriptor(q_tile + consumer * 64 * 128);
   if (consumer == 1) named_arrive(1, 256);  // the first warpgroup goes first
 
   for (uint32_t turn = 0; dealer.next(w); ++turn) {
-    const int blocks = blocks_of();
+    const int blocks = uniform(blocks_of());
     const int first_row = w.block * kQueries + consumer * 64 + warp * 16 + lane / 4;
     float scores[64], out[64], keep[2];
     uint32_t probs[8][4];
@@ -287,8 +286,8 @@ template <bool CAUSAL> void launch(const Attention& a, cudaStream_t stream) {
   const int64_t all_heads = a.sequences * a.q_heads, k_heads = std::max<int64_t>(kCacheBytes / (a.length * 4 * kWidth), 1);
   const int64_t section = stay ? std::min(k_heads * (a.q_heads / a.k_heads), all_heads) : all_heads;
   const CUtensorMap q = heads_map(a, a.q, a.q_heads), k = heads_map(a, a.k, a.k_heads), v = heads_map(a, a.v, a.k_heads);
-  forward_kernel<CAUSAL><<<unsigned(stay ? std::min<int64_t>(tiles, sms) : tiles), kThreads, kShared, stream>>>(q, k, v, a, int(tiles),
-                                                                                                 int(section));
+  const int64_t ctas = stay ? std::min<int64_t>(tiles, sms) : tiles;
+  forward_kernel<CAUSAL><<<unsigned(ctas), kThreads, kShared, stream>>>(q, k, v, a, int(tiles), int(section));
   check(cudaGetLastError());
 }
 

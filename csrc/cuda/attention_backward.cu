@@ -2,16 +2,15 @@
 //
 // A CTA owns 128 keys of one key head and walks over the queries that see them, of every query head of the group, 64 at a
 // time; dK and dV stay in registers throughout. Each of its two multiplying warpgroups has 64 keys. A step is five products:
-// S^T = K Q^T and dP^T = V dO^T; dV += P^T dO with P^T from registers; dQ = dS K and dK += dS^T Q, with dS through shared
-// memory. The warpgroups take dQ by turns: each waits for the other only every second step, and has the wide operand that
-// spares shared memory. What is begun before it is needed: the scores and dP of the next step, and dK behind dQ.
+// S^T = K Q^T and dP^T = V dO^T; dV += P^T dO and dK += dS^T Q, with P^T and dS^T from registers; dQ = dS K, with dS through
+// shared memory. The warpgroups take dQ by turns: each waits for the other only every second step, and has the wide operand
+// that spares shared memory.
 //
 // dQ is a sum over CTAs, taken in a fixed order: every block of queries has a counter of the contributions that it has got,
 // and a contribution waits for its turn. The order is about the one in which they come, and CTAs have the same amount of
 // work: two blocks of keys, one from the front, which many queries see, and one from the back.
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
@@ -20,6 +19,7 @@ namespace qwen3::cuda {
 namespace {
 
 constexpr int kWidth = 128, kKeys = 128, kQueries = 64, kStages = 3;
+constexpr int kHeld = 5;     // of the 8 pieces of 16 columns of V, in registers: 20 KB a step less to read; a sixth one spills
 constexpr int kAdders = 3;  // threads that add to dQ, a step each: a contribution takes longer than a step
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
 constexpr int kSlab = 64 * 128;              // bytes of 64 elements of 64 rows; of 128 rows twice that, in one piece
@@ -80,12 +80,9 @@ __device__ inline bool deal(const AttentionBackward& a, int processors, int tick
 
 // The steps of a CTA: for each of its blocks of keys the blocks of queries, and for each of these the heads of the group.
 //
-// Together: the CTAs of a head go over the same queries at the same time, the first block of keys from the last query to the
-// first and the second one back, in the order of the CTAs. They have to wait for one another at the start (5 % with 4 query
-// heads a key head, 8 % with 2), but what they share is in L2.
-// Spread: each starts at its diagonal and goes up, with its second block back down, so that no two are ever at the same
-// queries but for a few crossings. Nobody waits; but 17 MB a query head of the group go through L2, of which it holds two.
-// Earlier forms had 504 TFLOP/s spread and 466 together at B8 T4096 h16/8, 440 and 505 at B4 T4096 h32/8.
+// The CTAs of a head go over the same queries at the same time, the first block of keys from the last query to the first and the
+// second one back, in the order of the CTAs. They have to wait for one another at the start (2 to 5 %), but what they share
+// is in L2: when each starts at its own diagonal nobody waits, and it takes 3 to 50 % longer.
 template <bool CAUSAL> struct Walk {
   static constexpr int kPer = kKeys / kQueries;
   int index, k_blocks, q_blocks, group;
@@ -94,15 +91,13 @@ template <bool CAUSAL> struct Walk {
 
   __device__ Walk(int index, int length, int group, bool paired)
       : index(index), k_blocks(blocks_of(length)), q_blocks((length + kQueries - 1) / kQueries), group(group), paired(paired) {}
-  __device__ bool spread() const { return CAUSAL && paired && group <= 2; }
   __device__ int firsts() const { return paired ? (k_blocks + 1) / 2 : k_blocks; }  // blocks of keys that are some CTA's first
   __device__ int parts() const { return k_blocks - 1 - index >= firsts() ? 2 : 1; }
-  __device__ bool upwards() const { return spread() == (part == 0); }
   __device__ void begin(int which) {
     part = which, head = 0;
     key_block = part ? k_blocks - 1 - index : index;
     first = CAUSAL ? key_block * kPer : 0;
-    block = upwards() ? first : q_blocks - 1;
+    block = part ? first : q_blocks - 1;
   }
   __device__ int steps() const { return (q_blocks - first) * group; }
   __device__ bool more() const { return block >= first && block < q_blocks; }
@@ -110,16 +105,10 @@ template <bool CAUSAL> struct Walk {
     ++step;
     if (++head < group) return;
     head = 0;
-    block += upwards() ? 1 : -1;
+    block += part ? 1 : -1;
   }
-  // Contributions to this block's dQ that come before this one. Spread, in the order of time, in blocks of queries since the
-  // start: first blocks of keys at `last` - index, second ones at k_blocks - index + later, the latter after the former.
-  __device__ int before() const {
-    const int last = CAUSAL ? block / kPer : k_blocks - 1, later = k_blocks - 1 - last;
-    if (!spread()) return part ? firsts() + last - key_block : key_block;
-    return part ? key_block - max(0, index - 2 * later - 1)
-                : min(last, firsts() - 1) - index + max(0, k_blocks - firsts() - 2 - 2 * later - index);
-  }
+  // Contributions to this block's dQ that come before this one.
+  __device__ int before() const { return part ? firsts() + (CAUSAL ? block / kPer : k_blocks - 1) - key_block : key_block; }
   // Which block of all that there are, in the scratch.
   __device__ int place(const Work& w, int first_tile, int q_heads) const {
     return ((first_tile + block / kPer) * q_heads + w.k_head * group + head) * kPer + block % kPer;
@@ -217,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     tma_prefetch_map(&q_map), tma_prefetch_map(&k_map), tma_prefetch_map(&v_map), tma_prefetch_map(&dout_map);
     barrier_init(keys_full, 1), barrier_init(keys_empty, kConsumers), barrier_init(dq_empty, 1);
-    for (int i = 0; i < kAdders; ++i) barrier_init(dq_full + i, 128);
+    for (int i = 0; i < kAdders; ++i) barrier_init(dq_full + i, 4);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(q_full + i, 1), barrier_init(dout_full + i, 1);
       barrier_init(q_empty + i, kConsumers), barrier_init(dout_empty + i, kConsumers);
@@ -232,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Sequence s = sequence(a, w.sequence);
   const int q_heads = int(a.q_heads), group = q_heads / int(a.k_heads);
   Walk<CAUSAL> walk(w.index, s.length, group, pairs_up(blocks_of(s.length), processors));
-  const int parts = walk.parts();
+  const int parts = uniform(walk.parts());
 
   if (threadIdx.x < 128) {
     registers_release<24>();
@@ -288,24 +277,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   registers_take<240>();
-  const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quarter = lane % 4;
+  const int consumer = uniform(threadIdx.x / 128 - 1), warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quarter = lane % 4;
   const int local_key = consumer * 64 + warp * 16 + lane / 4;
   // Where a lane's row of four 8 x 8 matrices of dS^T goes, but for the column: rows are keys.
   const uint32_t ds_row = shared_address(ds_tiles + (consumer * 64 + warp * 16 + lane % 16) * 128);
-  const auto product = [](float (&x)[32], const uint8_t* keys, const uint8_t* queries) {  // x = keys queries^T, 64 of each
-#pragma unroll
-    for (int j = 0; j < kWidth / 16; ++j)
-      wgmma_m64n64k16(x, matrix_descriptor(keys) + ((j / 4 * 2 * kSlab + j % 4 * 32) >> 4),
-                      matrix_descriptor(queries) + ((j / 4 * kSlab + j % 4 * 32) >> 4), j > 0);
-    wgmma_commit();
+  // 16 columns of this warpgroup's 64 keys (or values), and of the queries (or dO).
+  const auto keys_piece = [&](const uint8_t* tile, int j) {
+    return matrix_descriptor(tile + consumer * kSlab) + ((j / 4 * 2 * kSlab + j % 4 * 32) >> 4);
   };
-  const auto sum_of_ds = [](float (&x)[64], const uint8_t* ds, const uint8_t* queries, bool more) {
-#pragma unroll
-    for (int j = 0; j < kQueries / 16; ++j)
-      wgmma_m64n128k16<0, 1>(x, matrix_descriptor(ds) + 2 * j, matrix_descriptor_transposed(queries, kSlab) + (j * 16 * 128 >> 4),
-                             more || j > 0);
-    wgmma_commit();
-  };
+  const auto queries_piece = [](const uint8_t* tile, int j) { return matrix_descriptor(tile) + ((j / 4 * kSlab + j % 4 * 32) >> 4); };
   const auto sum = [](float (&x)[64], const uint32_t (&keys)[4][4], const uint8_t* queries, bool more) {
 #pragma unroll
     for (int j = 0; j < kQueries / 16; ++j)
@@ -321,31 +301,35 @@ __global__ void __launch_bounds__(kThreads, 1)
     walk.begin(part);
     const int live_keys = s.length - walk.key_block * kKeys, first_step = step;
     const bool lonely = walk.key_block == 0 && (CAUSAL || s.length == 1);  // the first query sees one key
-    float p[32], dp[32];  // scores and then probabilities; dP
+    barrier_wait(keys_full, part);
+    uint32_t values[kHeld][4];
+    const uint32_t value_row = shared_address(v_tile) + (consumer * 64 + warp * 16 + lane % 16) * 128;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j)
+      load_matrices(values[j], value_row + j / 4 * 2 * kSlab + ((j % 4 * 2 + lane / 16) ^ lane % 8) * 16);
 
-    const auto begin_scores = [&](int step) {
-      barrier_wait(q_full + step % kStages, step / kStages % 2);
-      wgmma_fence();
-      product(p, k_tile + consumer * kSlab, q_tiles + step % kStages * kQueryTile);
-    };
-    const auto begin_dp = [&](int step) {
-      barrier_wait(dout_full + step % kStages, step / kStages % 2);
-      wgmma_fence();
-      product(dp, v_tile + consumer * kSlab, dout_tiles + step % kStages * kQueryTile);
-    };
-    const auto release = [&](int step) {
-      const int stage = step % kStages;
-      if (threadIdx.x % 128 == 0) barrier_arrive(q_empty + stage), barrier_arrive(dout_empty + stage);
-    };
-    // A step whose first two products have begun. READS: it is this warpgroup that multiplies dS by the keys.
-    const auto finish = [&](auto reads) __attribute__((always_inline)) {
-      constexpr bool READS = decltype(reads)::value;
-      const int stage = step % kStages, reader = READS ? consumer : consumer ^ 1;
+    for (int left = uniform(walk.steps()); left > 0; --left, ++step) {
+      const int stage = step % kStages, reader = step % 2;  // the warpgroup that multiplies this step's dS by the keys
       const uint8_t *const q_tile = q_tiles + stage * kQueryTile, *const dout_tile = dout_tiles + stage * kQueryTile;
-      const uint8_t* const ds_tile = ds_tiles + reader * 2 * kSlab;
-      uint32_t packed[4][4];
+      const uint32_t phase = step / kStages % 2;
+      float p[32], dp[32];  // scores and then probabilities; dP
+      uint32_t packed[4][4], ds[4][4];
+
+      barrier_wait(q_full + stage, phase);
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < kWidth / 16; ++j)
+        wgmma_m64n64k16(p, keys_piece(k_tile, j), queries_piece(q_tile, j), j > 0);
+      wgmma_commit();
+      barrier_wait(dout_full + stage, phase);
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < kWidth / 16; ++j) {
+        if (j < kHeld) wgmma_m64n64k16(dp, values[j % kHeld], queries_piece(dout_tile, j), j > 0);
+        else wgmma_m64n64k16(dp, keys_piece(v_tile, j), queries_piece(dout_tile, j), true);
+      }
+      wgmma_commit();
       wgmma_wait<1>();
-      if (step > first_step) release(step - 1);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float2 shift = reinterpret_cast<const float2*>(lse_rows + stage * kQueries)[quarter + 4 * j];
@@ -363,64 +347,47 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (key >= live_keys || key > query + before) p[i] = 0;
         }
       }
+      wgmma_wait<0>();
+      if (lonely && (!CAUSAL || before == 0) && quarter == 0) dp[0] = dp[2] = delta_rows[stage * kQueries];  // exactly zero
 #pragma unroll
-      for (int i = 0; i < 16; ++i) packed[i / 4][i % 4] = pack_pair(p[2 * i], p[2 * i + 1]);
+      for (int i = 0; i < 16; ++i) {
+        const float2 shift = reinterpret_cast<const float2*>(delta_rows + stage * kQueries)[quarter + i / 2 * 4];
+        packed[i / 4][i % 4] = pack_pair(p[2 * i], p[2 * i + 1]);
+        ds[i / 4][i % 4] = pack_pair(p[2 * i] * (dp[2 * i] - shift.x), p[2 * i + 1] * (dp[2 * i + 1] - shift.y));
+      }
       wgmma_fence();
       sum(dv, packed, dout_tile, step > first_step);
-      wgmma_wait<1>();
-      if (lonely && (!CAUSAL || before == 0) && quarter == 0) dp[0] = dp[2] = delta_rows[stage * kQueries];  // exactly zero
-      if (!READS) named_sync(3 + reader, 256);
+      if (reader != consumer) named_sync(3 + reader, 256);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        uint32_t ds[4];
-#pragma unroll
-        for (int i = 4 * j; i < 4 * j + 4; ++i) {
-          const float2 shift = reinterpret_cast<const float2*>(delta_rows + stage * kQueries)[quarter + i / 2 * 4];
-          ds[i % 4] = pack_pair(p[2 * i] * (dp[2 * i] - shift.x), p[2 * i + 1] * (dp[2 * i + 1] - shift.y));
-        }
-        store_matrices(ds_row + reader * 2 * kSlab + ((2 * j + lane / 16) ^ lane % 8) * 16, ds);
-      }
+      for (int j = 0; j < 4; ++j) store_matrices(ds_row + reader * 2 * kSlab + ((2 * j + lane / 16) ^ lane % 8) * 16, ds[j]);
       async_proxy_fence();
-      if constexpr (!READS) {
+      wgmma_fence();
+      sum(dk, ds, q_tile, step > first_step);
+      if (reader != consumer) {
         named_arrive(1 + reader, 256);
-        named_sync(5 + consumer, 128);
         wgmma_wait<0>();
-        wgmma_fence();
-        sum_of_ds(dk, ds_tile + consumer * kSlab, q_tile, step > first_step);
       } else {
         float dq[64];
         named_sync(1 + reader, 256);
-        wgmma_wait<0>();
+        wgmma_wait<0>();  // dV and dK are done, and their operands' registers free for dQ
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < kKeys / 16; ++j)
-          wgmma_m64n128k16<1, 1>(dq, matrix_descriptor_transposed(ds_tile, 0) + (j * 16 * 128 >> 4),
+          wgmma_m64n128k16<1, 1>(dq, matrix_descriptor_transposed(ds_tiles + reader * 2 * kSlab, 0) + (j * 16 * 128 >> 4),
                                  matrix_descriptor_transposed(k_tile, 2 * kSlab) + (j * 16 * 128 >> 4), j > 0);
         wgmma_commit();
-        sum_of_ds(dk, ds_tile + consumer * kSlab, q_tile, step > first_step);
         barrier_wait(dq_empty, step % 2 ^ 1);
-        wgmma_wait<1>();
+        wgmma_wait<0>();
         named_arrive(3 + reader, 256);
         float4* const to = reinterpret_cast<float4*>(dq_tile) + threadIdx.x % 128;
 #pragma unroll
         for (int j = 0; j < 16; ++j) to[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
         async_proxy_fence();
-        barrier_arrive(dq_full + step % kAdders);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(dq_full + step % kAdders);
       }
-      ++step;
-    };
-
-    // The first warpgroup reads in the first step of every two, the second one in the second.
-    int left = walk.steps();
-    barrier_wait(keys_full, part);
-    if (consumer == 0) begin_scores(step), begin_dp(step), finish(std::true_type()), --left;
-    for (; left >= 2; left -= 2) {
-      begin_scores(step), begin_dp(step), finish(std::false_type());
-      begin_scores(step), begin_dp(step), finish(std::true_type());
+      if (threadIdx.x % 128 == 0) barrier_arrive(q_empty + stage), barrier_arrive(dout_empty + stage);
     }
-    if (left) begin_scores(step), begin_dp(step), finish(std::false_type());
-    wgmma_wait<0>();
-    release(step - 1);
 
     if (threadIdx.x % 128 == 0) barrier_arrive(keys_empty);
     const int64_t stride = a.k_heads * kWidth, at = (s.row * a.k_heads + w.k_head) * kWidth;

@@ -38,6 +38,10 @@ __device__ inline void barrier_wait(uint64_t* bar, uint32_t parity) {
       "@done bra.uni over;\nbra.uni retry;\nover:\n}" ::"r"(shared_address(bar)), "r"(parity) : "memory");
 }
 
+// A number that is the same in all lanes, told to the compiler: what is derived from it stays in uniform registers, where
+// wgmma wants its descriptors. Otherwise each product costs four moves across, which its issue waits for.
+__device__ inline int uniform(int x) { return int(__reduce_or_sync(~0u, unsigned(x))); }
+
 // --- named barriers of a CTA: `threads` in all arrive, those that sync also wait
 __device__ inline void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ inline void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -188,6 +192,21 @@ __device__ inline void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, b
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, %35, %36;\n}"
       : QWEN3_ACC32(d, 0)
       : "l"(a), "l"(b), "r"(int(accumulate)), "n"(A_T), "n"(B_T));
+}
+// d[64 x 64] (+)= a[64 x 16] b[64 x 16]^T, a in registers.
+__device__ inline void wgmma_m64n64k16(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+      : QWEN3_ACC32(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+}
+// Four 8 x 8 matrices of 16 bits from the rows at whose addresses lanes 8 i to 8 i + 7 point for matrix i, held like a wgmma's a.
+__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 // Four 8 x 8 matrices of 16 bits, held like accumulators, to the rows of shared memory at whose addresses
 // lanes 8 i to 8 i + 7 point for matrix i.

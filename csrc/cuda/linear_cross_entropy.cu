@@ -23,7 +23,7 @@ constexpr int kTileM = 128, kTileN = 256, kTileK = 64, kStages = 4;  // 48 KB a 
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
 constexpr int kClusterRows = 2 * kTileM;  // a cluster of two CTAs shares the tile of the head
 constexpr uint32_t kBytesA = kTileM * kTileK * 2, kBytesB = kTileN * kTileK * 2;
-constexpr int kShared = kStages * (kBytesA + kBytesB) + 1024 + 2 * kStages * 8;
+constexpr int kShared = kStages * (kBytesA + kBytesB) + 2 * kStages * 8;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kOverflow = 1.8446744e19f;  // 2^64: leaves room for the products of the gradient GEMMs
 
@@ -102,15 +102,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     logits_kernel(const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap head_map,
                   LinearCrossEntropy a, Scratch s, bool only_redo) {
   if (only_redo && !*s.redo_any) return;
-  extern __shared__ uint8_t raw[];
-  uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  extern __shared__ __align__(1024) uint8_t stages[];
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * (kBytesA + kBytesB));
   uint64_t* const empty = full + kStages;
   const auto tile_a = [&](int stage) { return stages + stage * (kBytesA + kBytesB); };
   const auto tile_b = [&](int stage) { return tile_a(stage) + kBytesA; };
 
   const uint32_t rank = cluster_rank();
-  const int group = threadIdx.x / 128;
+  const int group = uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     tma_prefetch_map(&hidden_map);
     tma_prefetch_map(&head_map);
@@ -152,7 +151,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     float acc[128];
     for (int t = blockIdx.x / 2; t < total; t += clusters) {
       const int block = t % blocks, tile = t / blocks;
-      if (only_redo && !s.redo_block[block]) continue;
+      if (only_redo && !uniform(s.redo_block[block])) continue;
       const int64_t first_row = int64_t(block) * kClusterRows + rank * kTileM + consumer * 64 + warp * 16 + lane / 4;
       const int64_t first_column = int64_t(tile) * kTileN;
       float reference[2];  // read before the products, which hide the latency

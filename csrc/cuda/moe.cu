@@ -20,7 +20,6 @@
 #include "cuda/moe.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #include "cuda/hopper.h"
 
@@ -42,7 +41,9 @@ constexpr int kLead = 2;  // steps by which the second warpgroup starts after th
 constexpr int kSlab = 64 * kStep * 2;  // bytes of 64 rows x 64 elements, the unit that a transposed operand is made of
 constexpr uint32_t kOwnBytes = kOwn * kStep * 2, kSharedBytes = kShared * kStep * 2;
 constexpr uint32_t kStageBytes = kOwnBytes + kSharedBytes;
-constexpr int kSharedMemory = kStages * kStageBytes + 1024 + 2 * kStages * 8;
+constexpr int kAhead = 2;  // slots of a deferred epilogue for which it has what it reads on its way
+constexpr int kLanding = 128 * kConsumers * 16, kLandingBytes = (2 * kAhead + 1) * kLanding;  // 16 bytes a thread each
+constexpr int kSharedMemory = kStages * kStageBytes + 2 * kStages * 8 + kLandingBytes;
 
 struct Gemm {
   const int32_t *offsets, *slot;
@@ -70,7 +71,8 @@ __device__ inline int tiles_of(int size, int tile) { return (size + tile - 1) / 
 
 // The tiles of this CTA's cluster. The columns of a pair of row tiles come one after another, so that what is in flight
 // at a time are whole experts. Of an odd row tile, each CTA takes every second column and loads all it needs itself.
-template <Task TASK> class Walk {
+// WARPS: whole warps walk together.
+template <Task TASK, bool WARPS = false> class Walk {
  public:
   __device__ Walk(const Gemm& g, int rank) : g_(g), rank_(rank), item_(blockIdx.x / 2) {}
 
@@ -88,7 +90,7 @@ template <Task TASK> class Walk {
       }
     } else {
       for (; expert_ < g_.experts; ++expert_) {
-        const int begin = __ldg(g_.offsets + expert_), end = __ldg(g_.offsets + expert_ + 1);
+        const int begin = known(__ldg(g_.offsets + expert_)), end = known(__ldg(g_.offsets + expert_ + 1));
         const int row_tiles = tiles_of(end - begin, kOwn);
         const int pairs = row_tiles / 2 * columns, single = row_tiles % 2 * tiles_of(columns, 2), i = item_ - before_;
         if (i < pairs + single) {
@@ -106,6 +108,7 @@ template <Task TASK> class Walk {
   }
 
  private:
+  static __device__ int known(int x) { return WARPS ? uniform(x) : x; }
   const Gemm& g_;
   const int rank_;
   int item_, expert_ = 0, before_ = 0;  // before_: items of the experts before expert_
@@ -195,23 +198,6 @@ __device__ inline void store8(bf16* row, const uint32_t (&pairs)[4], int q, bool
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(row + 8 * q), "r"(pairs[0]), "r"(pairs[1]),
                  "r"(pairs[2]), "r"(pairs[3]) : "memory");
 }
-// The products' own numbers acc[16 block + 4 i + 2 half (+ 1)], as 8 columns.
-__device__ inline void gather8(const float (&acc)[128], int block, int half, int q, float2 (&x)[4]) {
-  float even[4], odd[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    even[i] = acc[16 * block + 4 * i + 2 * half], odd[i] = acc[16 * block + 4 * i + 2 * half + 1];
-  quad_transpose(even, q), quad_transpose(odd, q);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = {even[i], odd[i]};
-}
-// The same rounded to bf16, at half the cost.
-__device__ inline void gather8(const float (&acc)[128], int block, int half, int q, uint32_t (&pairs)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    pairs[i] = pack_pair(acc[16 * block + 4 * i + 2 * half], acc[16 * block + 4 * i + 2 * half + 1]);
-  quad_transpose(pairs, q);
-}
 __device__ inline bf16* element(const Rows& r, int64_t row, int64_t column) {
   return static_cast<bf16*>(r.data) + row * r.stride + column;
 }
@@ -226,205 +212,62 @@ struct Place {
   int row, column, q;
 };
 
-__device__ inline void store_up(const Gemm& g, const Tile& t, const Place& p, const float (&acc)[128]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t row = p.row + 8 * half;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int column = p.column + 32 * j;
-      const bool live = row < t.end && column + 8 * p.q < g.columns;
-      uint32_t gate[4], up[4], product[4];
-      gather8(acc, j, half, p.q, gate), gather8(acc, j + 4, half, p.q, up);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack(gate[i]), y = unpack(up[i]);  // rounded, as the backward will read them
-        product[i] = pack_pair(x.x * sigmoid(x.x) * y.x, x.y * sigmoid(x.y) * y.y);
-      }
-      store8(element(g.out, row, column), gate, p.q, live);
-      store8(element(g.out, row, g.columns + column), up, p.q, live);
-      store8(element(g.second, row, column), product, p.q, live);
-    }
-  }
-}
-
-__device__ inline void store_rows(const Gemm& g, const Tile& t, const Place& p, const float (&acc)[128]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t row = p.row + 8 * half;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      uint32_t pairs[4];
-      gather8(acc, j, half, p.q, pairs);
-      store8(element(g.out, row, p.column + 32 * j), pairs, p.q,
-             row < t.end && p.column + 32 * j + 8 * p.q < g.columns);
-    }
-  }
-}
-
-// What the epilogue of down_backward reads of h: asked into L2 when the tile begins, then kAhead blocks of 32 columns
-// are on their way while one is worked on, the first ones since before the products were done.
-class Activations {
- public:
-  // All the lines of 128 bytes that a warpgroup's 64 rows from `row` on have there, 4 a thread.
-  static __device__ void prefetch(const Gemm& g, const Tile& t, int row) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int line = threadIdx.x % 128 + 128 * i, r = row + line / 8, column = t.column + line % 4 * 64;
-      if (r < t.end && column < g.columns) prefetch_l2(element(g.h, r, column + line / 4 % 2 * g.columns));
-    }
-  }
-  __device__ Activations(const Gemm& g, const Tile& t, const Place& p) : g_(g), t_(t), p_(p) {
-#pragma unroll
-    for (int n = 0; n < kAhead; ++n) load(n);
-  }
-  // Block n of 16: half n / 8, columns from 32 (n % 8).
-  __device__ void take(int n, uint32_t (&gate)[4], uint32_t (&up)[4]) {
-    const uint4 &x = gate_[n % kAhead], &y = up_[n % kAhead];
-    gate[0] = x.x, gate[1] = x.y, gate[2] = x.z, gate[3] = x.w;
-    up[0] = y.x, up[1] = y.y, up[2] = y.z, up[3] = y.w;
-    if (n + kAhead < 16) load(n + kAhead);
-  }
-
- private:
-  static constexpr int kAhead = 2;
-  __device__ void load(int n) {
-    const int row = p_.row + n / 8 * 8, column = p_.column + n % 8 * 32 + 8 * p_.q;
-    gate_[n % kAhead] = up_[n % kAhead] = make_uint4(0, 0, 0, 0);
-    if (row < t_.end && column < g_.columns) {
-      const bf16* const at = element(g_.h, row, column);
-      gate_[n % kAhead] = *reinterpret_cast<const uint4*>(at);
-      up_[n % kAhead] = *reinterpret_cast<const uint4*>(at + g_.columns);
-    }
-  }
-  const Gemm& g_;
-  const Tile& t_;
-  const Place& p_;
-  uint4 gate_[kAhead], up_[kAhead];
-};
-
-// As the compiler likes it, in four pieces: spelled out as in store8, down_backward spills a register.
-__device__ inline void store8_plain(bf16* row, const uint32_t (&pairs)[4], int q, bool live) {
-  if (live) *reinterpret_cast<uint4*>(row + 8 * q) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-}
-__device__ inline void store_down_backward(const Gemm& g, const Tile& t, const Place& p, const float (&weight)[2],
-                                           Activations& activations, const float (&acc)[128]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = p.row + 8 * half;
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int column = p.column + 32 * j;
-      const bool live = row < t.end && column + 8 * p.q < g.columns;
-      uint32_t gate[4], up[4], scaled[4];
-      float2 da[4];
-      gather8(acc, j, half, p.q, da);
-      activations.take(8 * half + j, gate, up);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack(gate[i]), y = unpack(up[i]);
-        float dx[2], dy[2], a[2];
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float v = c ? x.y : x.x, u = c ? y.y : y.x, d = c ? da[i].y : da[i].x;
-          const float s = sigmoid(v), silu = v * s, product = silu * u, scaled_da = weight[half] * d;
-          sum = fmaf(d, product, sum);
-          a[c] = weight[half] * product;
-          dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
-          dy[c] = scaled_da * silu;
-        }
-        scaled[i] = pack_pair(a[0], a[1]), gate[i] = pack_pair(dx[0], dx[1]), up[i] = pack_pair(dy[0], dy[1]);
-      }
-      bf16* const to = element(g.out, row, 0) + column;
-      store8_plain(to, gate, p.q, live);
-      store8_plain(to + g.columns, up, p.q, live);
-      store8_plain(element(g.second, row, column), scaled, p.q, live);
-    }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    const int tiles = tiles_of(g.columns, columns_of(Task::down_backward));
-    if (p.q == 0 && row < t.end && p.column < g.columns)
-      g.partial[int64_t(row) * tiles + p.column / columns_of(Task::down_backward)] = sum;
-  }
-}
-
-// BLOCK columns by 64 rows of the result, then the next 64 rows: 256 columns, or twice 128. What the result is added to
-// is read four blocks at a time, so that their latencies overlap.
-template <int BLOCK, class Out>
+// A weight gradient in float32: BLOCK columns by 64 rows of it, then the next 64 rows: 256 columns, or twice 128. What it is
+// added to is read in four batches, so that latencies overlap.
+template <int BLOCK>
 __device__ inline void store_weight_grad(const Gemm& g, const Tile& t, const Place& p, int height, int width,
                                          const float (&acc)[128]) {
-  Out* const out = static_cast<Out*>(g.out.data) + t.expert * g.out_expert;
+  float* const out = static_cast<float*>(g.out.data) + t.expert * g.out_expert;
   const auto place = [&](int half, int j, int i, bool& live) {  // i: piece of 8 columns, of which a thread has 2
     const int64_t row = p.row + 8 * half + j / (BLOCK / 32) * 64;
     const int column = p.column + j % (BLOCK / 32) * 32 + 8 * i;
     live = row < height && column < width;
-    return out + row * g.out.stride + column;
+    return out + row * g.out.stride + column + 2 * p.q;
   };
 #pragma unroll
   for (int first = 0; first < 16; first += 4) {
     const int half = first / 8;
     bool live;
-    if constexpr (sizeof(Out) == 4) {
-      float2 old[16] = {};
-      if (g.accumulate) {
-#pragma unroll
-        for (int n = 0; n < 16; ++n) {
-          const float* const from = place(half, first % 8 + n / 4, n % 4, live) + 2 * p.q;
-          if (live) old[n] = *reinterpret_cast<const float2*>(from);
-        }
-      }
+    float2 old[16] = {};
+    if (g.accumulate) {
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
-        const int j = first % 8 + n / 4, at = 16 * j + 4 * (n % 4) + 2 * half;
-        float* const to = place(half, j, n % 4, live) + 2 * p.q;
-        if (live) *reinterpret_cast<float2*>(to) = make_float2(old[n].x + acc[at], old[n].y + acc[at + 1]);
+        const float* const from = place(half, first % 8 + n / 4, n % 4, live);
+        if (live) old[n] = *reinterpret_cast<const float2*>(from);
       }
-    } else {
-      uint4 old[4] = {};
-      if (g.accumulate) {
+    }
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const bf16* const from = place(half, first % 8 + n, p.q, live);
-          if (live) old[n] = *reinterpret_cast<const uint4*>(from);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int j = first % 8 + n;
-        bf16* const to = place(half, j, p.q, live);
-        uint32_t pairs[4];
-        if (g.accumulate) {
-          const float2 before[4] = {unpack(old[n].x), unpack(old[n].y), unpack(old[n].z), unpack(old[n].w)};
-          float2 x[4];
-          gather8(acc, j, half, p.q, x);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) pairs[i] = pack_pair(before[i].x + x[i].x, before[i].y + x[i].y);
-        } else {
-          gather8(acc, j, half, p.q, pairs);
-        }
-        store8(to, pairs, 0, live);
-      }
+    for (int n = 0; n < 16; ++n) {
+      const int j = first % 8 + n / 4, at = 16 * j + 4 * (n % 4) + 2 * half;
+      float* const to = place(half, j, n % 4, live);
+      if (live) *reinterpret_cast<float2*>(to) = make_float2(old[n].x + acc[at], old[n].y + acc[at + 1]);
     }
   }
 }
 
+__device__ inline uint4 load_shared(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+  return x;
+}
+
 // --- the epilogue of a tile between the products of the next one
 
-struct AtOnce {  // in its place where nothing is deferred
-  __device__ explicit AtOnce(const Gemm&) {}
-};
-
-// A tile's results, rounded to bf16 when its products are done. Its epilogue is kSlots pieces of work, 8 rows by 64 columns a
-// warp, which the warpgroup does one by one while later products run.
-class Deferred {
+// A tile's results, rounded to bf16 when its products are done. Its epilogue is kSlots pieces of work, which the
+// warpgroup does one by one while later products run; what a slot reads comes by cp.async, asked for kAhead slots
+// before and without costing registers: 32 bytes a thread, which nobody else touches. The slots come in groups of four:
+// code for all sixteen would not stay in the instruction cache.
+template <Task TASK> class Deferred {
  public:
-  static constexpr int kGroups = 2, kSlots = 4 * kGroups;
+  static constexpr int kGroups = TASK == Task::down_backward ? 4 : 2, kSlots = 4 * kGroups;
 
-  __device__ explicit Deferred(const Gemm& g) : g_(g), packed_{} {}
+  __device__ Deferred(const Gemm& g, uint8_t* landing)
+      : g_(g), landing_(shared_address(landing) + (threadIdx.x - 128) * 16), packed_{} {}
 
   // acc: the products, done. Until the first call the slots find nothing to do.
-  __device__ __forceinline__ void take(const float (&acc)[128], const Tile& t, const Place& p) {
+  __device__ __forceinline__ void take(const float (&acc)[128], const Tile& t, const Place& p,
+                                       const float (&weight)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -435,17 +278,25 @@ class Deferred {
           asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;"
                        : "=r"(packed_[4 * (8 * half + j) + i]) : "f"(acc[from + 1]), "f"(acc[from]));
         }
-    place_ = p, end_ = t.end;
+    place_ = p, expert_ = t.expert;
+    limit_ = TASK == Task::grad_left ? g_.own_columns : TASK == Task::grad_right ? g_.columns : t.end;
+    if constexpr (TASK == Task::down_backward)
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(weights()), "f"(weight[0]), "f"(weight[1]) : "memory");
+    if (reads()) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load(i, i);
+    }
   }
 
-  // All slots, with before(slot) ahead of each.
-  template <class F> __device__ __forceinline__ void run(F before) {
+  // All slots, with before(slot) and after(slot) around each.
+  template <class F, class G> __device__ __forceinline__ void run(F before, G after) {
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         before(4 * group + i);
-        store(group, 2 * i), store(group, 2 * i + 1);
+        slot(group, i);
+        after(4 * group + i);
       }
 #pragma unroll
       for (int i = 0; i < 64 - 64 / kGroups; ++i) packed_[i] = packed_[i + 64 / kGroups];
@@ -453,35 +304,157 @@ class Deferred {
   }
 
  private:
-  // Block j of 32 columns. Only j is known to the compiler; packed_ begins with what belongs to the group.
-  __device__ __forceinline__ void store(int group, int j) {
-    const int row = place_.row + 8 * group, column = place_.column + 32 * j;
-    uint32_t pairs[4];
+  __device__ bool reads() const { return TASK == Task::down_backward || (is_gradient(TASK) && g_.accumulate); }
+
+  // Slot i of a group: 8 rows by 32 columns of down_backward, by 64 (two blocks) of the others. Only i is known to the
+  // compiler; packed_ begins with what belongs to the group.
+  __device__ __forceinline__ void slot(int group, int i) {
+    uint4 read[2] = {};
+    if (reads()) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
+      read[0] = load_shared(landing(i, 0)), read[1] = load_shared(landing(i, 1));
+    }
+    if constexpr (TASK == Task::up) up(group, i);
+    else if constexpr (TASK == Task::down_backward) down_backward(group, i, read);
+    else store(group, 2 * i, read[0]), store(group, 2 * i + 1, read[1]);
+    if (reads()) load(4 * group + i + kAhead, i + kAhead);  // to where this slot has read
+  }
+
+  __device__ uint32_t landing(int i, int which) const {
+    return landing_ + (i % kAhead * 2 + which) * kLanding;
+  }
+  __device__ uint32_t weights() const { return landing_ + 2 * kAhead * kLanding; }  // of row and row + 8: two registers less
+  // What slot `slot` reads, to landing(i): one group of copies, an empty one too, so that groups can be counted.
+  __device__ __forceinline__ void load(int slot, int i) {
+    if (slot < kSlots) {
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const bf16* from;
+        bool live;
+        if constexpr (TASK == Task::down_backward) {
+          int row, column;
+          live = block(slot / 4, i % 4, row, column);
+          from = element(g_.h, row, column + which * g_.columns) + 8 * place_.q;
+        } else {
+          from = result(slot / 4, i % 4 * 2 + which, live) + 8 * place_.q;
+        }
+        copy_async(landing(i, which), live ? from : g_.out.data, live ? 16 : 0);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+
+  // The row and first column of block j of 32 columns of a group, and whether this thread has 8 columns of it.
+  __device__ __forceinline__ bool block(int group, int j, int& row, int& column) const {
+    row = place_.row, column = place_.column;
+    int width = g_.columns;
+    if constexpr (TASK == Task::down_backward) row += group / 2 * 8, column += group % 2 * 128 + 32 * j;
+    else if constexpr (TASK == Task::grad_right)
+      row += group * 8 + j / 4 * 64, column += j % 4 * 32, width = g_.own_columns;
+    else row += group * 8, column += 32 * j;
+    return row < limit_ && column + 8 * place_.q < width;
+  }
+  // Where that goes if a block of products is a block of the result.
+  __device__ __forceinline__ bf16* result(int group, int j, bool& live) const {
+    int row, column;
+    live = block(group, j, row, column);
+    return element(g_.out, row, column) + (is_gradient(TASK) ? expert_ * g_.out_expert : 0);
+  }
+  __device__ __forceinline__ void gather(int j, uint32_t (&pairs)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = packed_[4 * j + i];
     quad_transpose(pairs, place_.q);
-    store8(element(g_.out, row, column), pairs, place_.q, row < end_ && column + 8 * place_.q < g_.columns);
+  }
+
+  __device__ __forceinline__ void store(int group, int j, const uint4& old) {
+    bool live;
+    bf16* const to = result(group, j, live);
+    uint32_t pairs[4];
+    gather(j, pairs);
+    if (reads()) {
+      const uint32_t before[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack(before[i]), y = unpack(pairs[i]);
+        pairs[i] = pack_pair(x.x + y.x, x.y + y.y);
+      }
+    }
+    store8(to, pairs, place_.q, live);
+  }
+
+  __device__ __forceinline__ void up(int group, int j) {
+    int row, column;
+    const bool live = block(group, j, row, column);
+    uint32_t gate[4], up[4], product[4];
+    gather(j, gate), gather(j + 4, up);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack(gate[i]), y = unpack(up[i]);
+      product[i] = pack_pair(x.x * sigmoid(x.x) * y.x, x.y * sigmoid(x.y) * y.y);
+    }
+    bf16* const to = element(g_.out, row, column);
+    store8(to, gate, place_.q, live);
+    store8(to + g_.columns, up, place_.q, live);
+    store8(element(g_.second, row, column), product, place_.q, live);
+  }
+
+  __device__ __forceinline__ void down_backward(int group, int j, const uint4 (&h)[2]) {
+    int row, column;
+    const bool live = block(group, j, row, column);
+    float weight;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(weight) : "r"(weights() + group / 2 * 4));
+    uint32_t gate[4] = {h[0].x, h[0].y, h[0].z, h[0].w}, up[4] = {h[1].x, h[1].y, h[1].z, h[1].w}, da[4];
+    gather(j, da);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack(gate[i]), y = unpack(up[i]), ds = unpack(da[i]);
+      float dx[2], dy[2], a[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float v = c ? x.y : x.x, u = c ? y.y : y.x, d = c ? ds.y : ds.x;
+        const float s = sigmoid(v), silu = v * s, product = silu * u, scaled_da = weight * d;
+        sum_ = fmaf(d, product, sum_);
+        a[c] = weight * product;
+        dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
+        dy[c] = scaled_da * silu;
+      }
+      da[i] = pack_pair(a[0], a[1]), gate[i] = pack_pair(dx[0], dx[1]), up[i] = pack_pair(dy[0], dy[1]);
+    }
+    bf16* const to = element(g_.out, row, column);
+    store8(to, gate, place_.q, live);
+    store8(to + g_.columns, up, place_.q, live);
+    store8(element(g_.second, row, column), da, place_.q, live);
+    if (j == 3 && group % 2 == 1) {  // a row's last block
+      sum_ += __shfl_xor_sync(~0u, sum_, 1);
+      sum_ += __shfl_xor_sync(~0u, sum_, 2);
+      if (place_.q == 0 && row < limit_ && place_.column < g_.columns)
+        g_.partial[int64_t(row) * tiles_of(g_.columns, columns_of(TASK)) + place_.column / columns_of(TASK)] = sum_;
+      sum_ = 0;
+    }
   }
 
   const Gemm& g_;
+  const uint32_t landing_;
   uint32_t packed_[64];  // 4 (8 half + j) + i: the pair of columns 32 j + 8 i + 2 q of row + 8 half
+  float sum_ = 0;
   Place place_{0, 0, int(threadIdx.x % 4)};
-  int end_ = 0;  // of the expert's rows
+  int expert_ = 0, limit_ = 0;  // limit_: the row at which the results end
 };
 
 // --- the kernel
 
-template <Task TASK, class Out, bool DEFERRED>
+template <Task TASK, class Out>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap own_map, const __grid_constant__ CUtensorMap shared_map,
                 const __grid_constant__ Gemm g) {
   constexpr bool kGathered = is_gathered(TASK), kGradient = is_gradient(TASK);
-  constexpr int kRegisters = DEFERRED ? 232 : 224;
+  constexpr bool kDeferred = sizeof(Out) == 2;  // 3 to 25 % faster than at once, where products stand still meanwhile
+  constexpr int kRegisters = kDeferred && TASK != Task::down ? 232 : 224;
   constexpr int kLoaderRegisters = 3 * 168 - 2 * kRegisters;  // a thread of three warpgroups starts with 168
-  extern __shared__ uint8_t raw[];
-  uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  extern __shared__ __align__(1024) uint8_t stages[];
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
   uint64_t* const empty = full + kStages;
+  uint8_t* const landing = reinterpret_cast<uint8_t*>(empty + kStages);
   const auto own_tile = [&](int stage) { return stages + stage * kStageBytes; };
   const auto shared_tile = [&](int stage) { return own_tile(stage) + kOwnBytes; };
 
@@ -576,40 +549,37 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     }
   } else {
     registers_take<kRegisters>();
-    Walk<TASK> walk(g, cluster_rank());
+    Walk<TASK, true> walk(g, cluster_rank());
     Tile t{};
     Turn turn;
-    const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
+    const int consumer = uniform(threadIdx.x / 128 - 1), warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
     const auto release = [&](int s) {
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
     };
     float acc[128];
-    std::conditional_t<DEFERRED, Deferred, AtOnce> last(g);
+    Deferred<TASK> last(g, landing);
+    const int all_steps = kGradient ? 0 : uniform(steps_of<TASK>(g, t));  // of every tile
     for (bool first = true; walk.next(t); first = false) {
-      const int steps = steps_of<TASK>(g, t), lead = first && consumer == 0 ? min(kLead, steps) - 1 : -1;
+      t.end = uniform(t.end), t.own = uniform(t.own), t.column = uniform(t.column);  // each a register that others need
+      const int steps = kGradient ? uniform(steps_of<TASK>(g, t)) : all_steps;
+      const int lead = uniform(first && consumer == 0 ? min(kLead, steps) - 1 : -1);
       if (first && consumer == 1) named_sync(1, 256);
       // Nothing but padding: no products, and the other warpgroup has the tensor cores for itself. A deferred epilogue
       // waits for the next tile with products.
-      if (!kGradient && t.own + consumer * 64 >= t.end) {
+      if (!kGradient && uniform(t.own + consumer * 64 >= t.end)) {
         // One warp for all: without products to keep them together, one that is late from the last epilogue could find
         // that a barrier has gone round twice.
-        for (int k = 0; k < steps; ++k) {
-          if (warp == 0) barrier_wait(full + turn.stage(), turn.phase()), release(turn.stage());
-          ++turn.steps;
-        }
+        if (warp == 0)
+          for (Turn there = turn; there.steps < turn.steps + steps; ++there.steps)
+            barrier_wait(full + there.stage(), there.phase()), release(there.stage());
+        turn.steps += steps;
         named_sync(2 + consumer, 128);
         continue;
       }
       const Place own{t.own + consumer * 64 + warp * 16 + lane / 4, t.column, q};
       const Place place = TASK == Task::grad_right
                               ? Place{t.column + consumer * 128 + warp * 16 + lane / 4, t.own, q} : own;
-      float weight[2] = {};  // read before the products, which hide the latency
-      if constexpr (TASK == Task::down_backward) {
-        Activations::prefetch(g, t, t.own + consumer * 64);
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          weight[half] = own.row + 8 * half < t.end ? __ldg(g.weights + __ldg(g.slot + own.row + 8 * half)) : 0;
-      }
+      float weight[2] = {};
       int k = 0;
       const auto arrived = [&]() __attribute__((always_inline)) {
         barrier_wait(full + turn.stage(), turn.phase());
@@ -628,34 +598,37 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         if (++k < steps) arrived();
       };
       arrived();
-      if constexpr (DEFERRED) {
-        last.run([&](int slot) __attribute__((always_inline)) {  // the first has steps to hide behind, and so has the last
+      if constexpr (kDeferred) {
+        int choice[2];
+        const auto products_before = [&](int slot) __attribute__((always_inline)) {
+          constexpr int kSlots = Deferred<TASK>::kSlots;  // the first has steps to hide behind, and so has the last
 #pragma unroll 1
-          for (const int until = (steps * (slot + 1) + Deferred::kSlots - 1) / Deferred::kSlots; k < until;) step();
-        });
+          for (const int until = (steps * (slot + 1) + kSlots - 1) / kSlots; k < until;) step();
+        };
+        const auto weights_after = [&](int slot) __attribute__((always_inline)) {
+          if constexpr (TASK == Task::down_backward) {  // late, when registers are free, and each after some steps
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int row = own.row + 8 * half;
+              if (slot == Deferred<TASK>::kSlots - 2) choice[half] = row < t.end ? __ldg(g.slot + row) : -1;
+              if (slot == Deferred<TASK>::kSlots - 1)
+                weight[half] = choice[half] >= 0 ? __ldg(g.weights + choice[half]) : 0;
+            }
+          }
+        };
+        last.run(products_before, weights_after);
         wgmma_wait<0>();
         release(turn.last());
-        last.take(acc, t, own);
+        last.take(acc, t, place, weight);
       } else {
         while (k < steps) step();
-        if constexpr (TASK == Task::down_backward) {
-          Activations activations(g, t, own);
-          wgmma_wait<0>();
-          release(turn.last());
-          store_down_backward(g, t, own, weight, activations, acc);
-        } else {
-          wgmma_wait<0>();
-          release(turn.last());
-          if constexpr (TASK == Task::up) store_up(g, t, own, acc);
-          else if constexpr (TASK == Task::grad_left)
-            store_weight_grad<256, Out>(g, t, place, g.own_columns, g.columns, acc);
-          else if constexpr (TASK == Task::grad_right)
-            store_weight_grad<128, Out>(g, t, place, g.columns, g.own_columns, acc);
-          else store_rows(g, t, own, acc);
-        }
+        wgmma_wait<0>();
+        release(turn.last());
+        if constexpr (TASK == Task::grad_left) store_weight_grad<256>(g, t, place, g.own_columns, g.columns, acc);
+        else store_weight_grad<128>(g, t, place, g.columns, g.own_columns, acc);
       }
     }
-    if constexpr (DEFERRED) last.run([](int) {});
+    if constexpr (kDeferred) last.run([](int) {}, [](int) {});
   }
   cluster_sync();  // a CTA must not leave while its partner may still signal its barriers
 }
@@ -717,9 +690,9 @@ void check_width(const char* name, int64_t width) {
                                 "; expected a positive multiple of 8");
 }
 
-template <Task TASK, class Out, bool DEFERRED>
-void launch_form(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
-  constexpr auto kernel = gemm_kernel<TASK, Out, DEFERRED>;
+template <Task TASK, class Out = bf16>
+void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
+  constexpr auto kernel = gemm_kernel<TASK, Out>;
   static const int sms = [] {
     int device = 0, count = 0;
     check(cudaGetDevice(&device));
@@ -729,14 +702,6 @@ void launch_form(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& 
   }();
   kernel<<<sms / 2 * 2, kThreads, kSharedMemory, reinterpret_cast<cudaStream_t>(stream)>>>(own, shared, g);
   check(cudaGetLastError());
-}
-
-// Whose epilogue is deferred. TFLOP/s deferred and at once (30B, T 32768): up_backward 691, 646; up 601, 601 (T 8192: 546,
-// 574); weight gradients that do not accumulate 578, 603. The others would gain, but spill a few registers a tile, which no
-// kernel here may: down 630, 610; down_backward 454, 413; weight gradients that accumulate in bf16 555, 547.
-template <Task TASK, class Out = bf16>
-void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
-  launch_form<TASK, Out, TASK == Task::up_backward>(own, shared, g, stream);
 }
 
 // Boxes of `box` rows x 64 elements.

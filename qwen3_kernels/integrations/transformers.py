@@ -28,6 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..ops import attention as attention_op
 from ..ops import linear_cross_entropy, moe_experts, qk_norm_attention, qk_norm_rope, rms_norm, swiglu
+from ..ops.linears import project
+from ..ops.swiglu_mlp import fuses, swiglu_mlp
 
 NAME = "qwen3_kernels"  # of the implementations of attention and experts
 OPS = ("rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy", "attention", "experts")
@@ -82,7 +84,7 @@ def _attention_module(original: Callable, family: Family) -> Callable:
             return original(self, hidden_states, position_embeddings, attention_mask, **kwargs)
         cos, sin = (t[..., :half].reshape(-1, half).float() for t in position_embeddings)
         tokens = hidden_states.shape[:-1]
-        q, k, v = (p(hidden_states).view(*tokens, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(*tokens, -1, self.head_dim) for y in project(hidden_states, self.q_proj, self.k_proj, self.v_proj))
         weights, eps = (_weight(self.q_norm, q), _weight(self.k_norm, k)), self.q_norm.variance_epsilon
         cache, position = kwargs.pop(cache_name, None), kwargs.pop("cache_position", None)
         dropout = self.attention_dropout if self.training else 0.0
@@ -110,7 +112,10 @@ def _mlp(original: Callable, family: Family) -> Callable:
     def forward(self, x):
         if not _is_silu(self.act_fn):
             return original(self, x)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if fuses(x, *layers):
+            return swiglu_mlp(x, *(layer.weight for layer in layers))
+        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
 
     return forward
 

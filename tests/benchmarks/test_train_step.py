@@ -13,6 +13,15 @@ def test_flops_of_the_06b_model():
     """6 x 596,049,920 parameters, and 28 layers of 16 heads of 128 over 4,096 tokens."""
     flops = train_step.flops_per_token(Qwen3Config.from_name("Qwen3-0.6B"), 4096)
     assert flops == 6 * 596_049_920 + 28 * 6 * 16 * 128 * 4096
+    frozen = train_step.flops_per_token(Qwen3Config.from_name("Qwen3-0.6B"), 4096, frozen=True)
+    assert flops - frozen == 2 * 596_049_920
+
+
+@pytest.mark.parametrize("args", [["--impl", "ours", "--lora-rank", "-1"], ["--impl", "transformers", "--lora-rank", "8"]])
+def test_adapters_are_for_ours(args, capsys):
+    with pytest.raises(SystemExit):
+        train_step.main(args)
+    assert "--lora-rank is" in capsys.readouterr().err
 
 
 def test_all_implementations_start_from_the_same_weights():

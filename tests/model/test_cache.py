@@ -206,3 +206,11 @@ def test_bad_counts():
     cache = KVCache(BASE, 2, 4)
     with pytest.raises(ValueError, match=r"counts has shape \(3,\); expected \(2,\)"):
         cache.advance(torch.ones(3, dtype=torch.int32))
+
+
+def test_spans_of_the_rows_in_use():
+    cache = KVCache(BASE, 3, 10)
+    cache.advance(torch.tensor([0, 4, 9], dtype=torch.int32))
+    queries, slots, used = cache.spans()
+    assert queries.tolist() == [0, 1, 2, 3] and slots.tolist() == [0, 10, 20, 30] and used.tolist() == [1, 5, 10]
+    assert not cache.flash(), "no such kernel on a CPU"

@@ -50,6 +50,11 @@ def test_merge(changes):
     torch.testing.assert_close(lora.merge(model)(TOKENS), want, rtol=1e-4, atol=1e-5)
 
 
+def test_experts_are_not_merged_for_a_step(monkeypatch):
+    monkeypatch.setattr(lora.LoRAExperts, "delta", None)
+    adapted(small(**MOE))(TOKENS).square().mean().backward()
+
+
 @pytest.mark.parametrize("changes", [{}, MOE], ids=["dense", "experts"])
 def test_peft_loads_them(tmp_path, changes):
     peft = pytest.importorskip("peft")

@@ -196,7 +196,7 @@ ANSWER = "<think>\nit says so\n</think>\n\n42<|im_end|>"
 
 def scripted(monkeypatch, model, tokenizer, turns, **options):
     sampler = Scripted(tokenizer, turns)
-    monkeypatch.setattr(rl, "Roller", lambda *args, **kw: sampler)
+    monkeypatch.setattr(rl, "roller_for", lambda *args, **kw: sampler)
     tool = Tool()
     (episode,) = play(model, tokenizer, {"tool": tool}, [tool.problem(0, 0)], repeats=1, seed=0, max_prompt=2000, max_tokens=2000,
                       **options)
@@ -516,7 +516,7 @@ def test_teacher_data_are_the_right_replies(model, tokenizer, monkeypatch):
     tool = Tool()
     for turns, count in (([ANSWER], 1), ([ANSWER.replace("42", "41")], 0)):
         sampler = Scripted(tokenizer, turns)
-        monkeypatch.setattr(rl, "Roller", lambda *args, sampler=sampler, **kw: sampler)
+        monkeypatch.setattr(rl, "roller_for", lambda *args, sampler=sampler, **kw: sampler)
         found = teacher_data(model, tokenizer, {"tool": tool}, [tool.problem(0, 0)], max_prompt=2000, max_tokens=2000)
         assert len(found) == count
     assert found == []

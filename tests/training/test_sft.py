@@ -195,6 +195,19 @@ def test_a_run_killed_while_it_writes_the_model_is_not_finished(config, monkeypa
     assert not [p.name for p in cfg.out.iterdir() if "tmp" in p.name]
 
 
+def test_a_run_that_is_out_of_time_is_finished(config):
+    """After the step in which it is; called again it does nothing."""
+    short = config(max_minutes=1e-9)
+    final = fine_tune(short, quiet=True)
+    assert [r["step"] for r in read_metrics(short.out) if r["kind"] == "train"] == [1]
+    assert checkpoint.latest(short.out / "checkpoints").fields["finished"] and (final / "model.safetensors").exists()
+    before = (final / "model.safetensors").stat().st_mtime_ns
+    fine_tune(short, quiet=True)
+    assert (final / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="max_minutes is 0"):
+        config(max_minutes=0)
+
+
 def test_other_data_is_another_run(config, tmp_path):
     fine_tune(config(), quiet=True)
     sft.write(tmp_path / "data.jsonl", [[USER, THOUGHT]])

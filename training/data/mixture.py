@@ -19,6 +19,8 @@ from .cells import Cell
 from .packing import Loader, MixtureLoader, PackedLoader
 from .shards import TokenShards
 
+LEAST = 1e-4  # share of the tokens below which a cell is left out: a loader's cycle has 16,384 rows
+
 
 @dataclass(frozen=True)
 class Part:
@@ -104,7 +106,7 @@ def weights(
 
 def of_cells(
     shards: Path, share: Mapping[Cell, float], *, seq_len: int, min_tokens: int = 0, max_tokens: int = 0,
-    least: float = 1e-4,
+    least: float = LEAST,
 ) -> tuple[Part, ...]:
     """Parts of the cells' training sets that hold a row of documents of these lengths and have at least the share
     ``least``; the others' shares go to these in proportion. Paths are absolute.

@@ -28,7 +28,7 @@ from qwen3_model.tokenizer import Tokenizer
 from .. import probes
 from ..config import DTYPES, Config, to_json
 from ..data import cells as cells_module
-from ..data.mixture import Mixture, of_cells, weights
+from ..data.mixture import LEAST, Mixture, of_cells, weights
 from ..data.packing import IGNORE, Batch
 from ..data.shards import TokenShards
 from ..environment import file_sha256, weights_sha256
@@ -79,7 +79,7 @@ class Scale:
 
 
 TINY = Scale(
-    tokens=(700_000, 1_300_000, 300_000), seq_len=128, batch_tokens=2048, lr=5e-3, warmup=20, hidden_size=96, layers=3, heads=3,
+    tokens=(700_000, 1_300_000, 500_000), seq_len=128, batch_tokens=2048, lr=5e-3, warmup=20, hidden_size=96, layers=3, heads=3,
     kv_heads=1, head_dim=32, intermediate_size=256, initializer_range=0.08, optimizer="muon", spike_sigma=0.0, dtype="float32",
     eval_tokens=4096,
 )
@@ -150,8 +150,9 @@ def mixture(stage: Stage, paths: Paths, max_epochs: float) -> tuple[Mixture, dic
         parts = of_cells(paths.shards, share, seq_len=stage.seq_len)
     else:
         half, eighth = stage.seq_len // 2, stage.seq_len // 8
-        long = of_cells(paths.shards, share, seq_len=stage.seq_len, min_tokens=half)
-        short = of_cells(paths.shards, share, seq_len=stage.seq_len, min_tokens=eighth, max_tokens=half - 1)
+        least = LEAST / min(stage.long_share, 1 - stage.long_share)  # of the whole, behind the shares below
+        long = of_cells(paths.shards, share, seq_len=stage.seq_len, min_tokens=half, least=least)
+        short = of_cells(paths.shards, share, seq_len=stage.seq_len, min_tokens=eighth, max_tokens=half - 1, least=least)
         parts = (*(replace(p, weight=p.weight * stage.long_share) for p in long),
                  *(replace(p, weight=p.weight * (1 - stage.long_share)) for p in short))
     domains: dict[str, float] = {}

@@ -34,6 +34,28 @@ GENERAL = tuple(name for name in MAKERS if not name.startswith("chain"))
 that need data or a judge (`maths.Maths`, `judges`) are added by the caller."""
 
 
+class NoThinking:
+    """A family whose problems ask for no thinking; its other properties are those of the family given."""
+
+    def __init__(self, family: Family):
+        self._family, self.name = family, f"{family.name}{NO_THINK}"
+        self.max_level, self.turns = family.max_level, family.turns
+        self.scores, self.respond = family.scores, family.respond
+
+    def problem(self, seed: int, level: int) -> Problem:
+        p = self._family.problem(seed, level)
+        *before, last = p.messages
+        asked = {**last, "content": f"{last['content']} {NO_THINK}"}
+        return dataclasses.replace(p, family=self.name, messages=(*before, asked), thinking=False)
+
+
+NO_THINK = "/no_think"
+MAKERS |= {
+    f"{name}{NO_THINK}": (lambda pool, make=make: NoThinking(make(pool)))
+    for name, make in [*MAKERS.items()] if "think" not in name and name != "chain"
+}
+
+
 METHODS, NUMBERS = ("problem", "scores", "respond"), ("max_level", "turns")
 
 

@@ -12,15 +12,16 @@ from .scorers import NEEDS
 from .workers import Pool
 
 # Those with short prompts and answers, a canonical answer, and under 10 ms to make a problem of any level up to MAX_LEVEL.
-# coin_flip has too few problems to hold any out (`rewards.reserved`).
+# coin_flip has too few problems to hold any out (`rewards.reserved`); number_sequence looks for some without an end.
 NAMES = (
     "aiw", "base_conversion", "basic_arithmetic", "bitwise_arithmetic", "calendar_arithmetic", "chain_sum",
     "complex_arithmetic", "count_bits", "count_primes", "decimal_arithmetic", "dice", "family_relationships",
-    "fraction_simplification", "gcd", "knights_knaves", "lcm", "leg_counting", "letter_counting", "number_sequence",
-    "polynomial_equations", "prime_factorization", "products", "simple_equations", "simple_geometry", "spell_backward",
+    "fraction_simplification", "gcd", "knights_knaves", "lcm", "leg_counting", "letter_counting", "polynomial_equations",
+    "prime_factorization", "products", "simple_equations", "simple_geometry", "spell_backward",
     "syllogism", "time_intervals", "word_sorting",
 )
 MAX_LEVEL = 2
+SEEDS = 2**31
 SCORER = "training.rewards.scorers:gym"
 
 
@@ -35,10 +36,7 @@ class Gym(SingleTurn):
         self.name, self._gym, self._pool = f"gym/{name}", name, pool
 
     def problem(self, seed: int, level: int) -> Problem:
-        config = vars(_config(self._gym, level)) | {"seed": seed % 2**31, "size": 1}
-        import reasoning_gym
-
-        entry = reasoning_gym.create_dataset(self._gym, **config)[0]
+        entry = _dataset(self._gym, level)[seed % SEEDS]
         text = entry["question"].strip() + "\nGive only the answer after thinking."
         data = {k: entry[k] for k in ("question", "answer", "metadata")}
         return Problem(self.name, ({"role": "user", "content": text},), json.loads(json.dumps(data)), level)
@@ -49,15 +47,18 @@ class Gym(SingleTurn):
 
 
 @cache
-def _config(name: str, level: int) -> Any:
+def _dataset(name: str, level: int) -> Any:
+    """All problems of a level: each is made when it is asked for, from a seed that is its index."""
     try:
+        import reasoning_gym
         from reasoning_gym.factory import create_curriculum
     except ImportError as e:
         raise ImportError(NEEDS.format("reasoning-gym")) from e
     curriculum = create_curriculum(name)
     for _ in range(level):
         curriculum.increment_global_level()
-    return curriculum.generate_configuration()
+    config = vars(curriculum.generate_configuration()) | {"seed": 0, "size": SEEDS}
+    return reasoning_gym.create_dataset(name, **config)
 
 
 def _unit(value: Any) -> float:

@@ -106,6 +106,7 @@ class Pool:
         if function not in self.functions:
             raise ValueError(f"function is {function!r}; expected one of {self.functions}")
         results: list[Result | None] = [None] * len(calls)
+        self._idle += self._started(max(0, min(self.workers, len(calls)) - len(self._idle)))
         waiting = list(range(len(calls)))[::-1]
         active: dict[int, tuple[_Worker, int, float]] = {}  # by file descriptor
         try:
@@ -147,18 +148,23 @@ class Pool:
         return results
 
     def _worker(self) -> _Worker:
-        if self._idle:
-            return self._idle.pop()
-        worker, until = _Worker(self.functions), time.monotonic() + self.start
-        while True:
-            readable, _, _ = select.select([worker.process.stdout], [], [], max(0.0, until - time.monotonic()))
-            complete, answer = worker.receive() if readable else (True, None)
-            if complete:
-                break
-        if answer != ["ready", None]:
-            worker.kill()
-            raise ImportError(answer[1] if answer else f"a worker for {self.functions} did not start in {self.start:g} s")
-        return worker
+        return self._idle.pop() if self._idle else self._started(1)[0]
+
+    def _started(self, count: int) -> list[_Worker]:
+        """New workers, which start side by side."""
+        workers, until = [_Worker(self.functions) for _ in range(count)], time.monotonic() + self.start
+        for worker in workers:
+            while True:
+                readable, _, _ = select.select([worker.process.stdout], [], [], max(0.0, until - time.monotonic()))
+                complete, answer = worker.receive() if readable else (True, None)
+                if complete:
+                    break
+            if answer != ["ready", None]:
+                for w in workers:
+                    w.kill()
+                raise ImportError(
+                    answer[1] if answer else f"a worker for {self.functions} did not start in {self.start:g} s")
+        return workers
 
 
 def serve(functions: Sequence[str]) -> None:

@@ -1,0 +1,163 @@
+"""The pieces of the evidence: worked solutions, packs, and (slow) the whole chain with a model too small to learn."""
+
+import json
+import random
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from qwen3_model.tokenizer import Tokenizer, train_bpe
+from training.data import shards
+from training.data.cells import Cell
+from training.environment import file_sha256
+from training.files import write_json
+from training.recipes import evidence, evidence_data, evidence_pack, evidence_report
+from training.recipes.evidence import Evidence
+from training.recipes.worked import solution
+from training.rewards import Reply, find, reserved
+from training.rewards.families import GENERAL, NO_THINK, SCORERS, make
+from training.rewards.workers import Pool
+
+pytest.importorskip("reasoning_gym")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(SCORERS, workers=1) as pool:
+        yield pool
+
+
+def test_worked_solutions_are_right(pool):
+    """By the families' own scorers; at least 24 families have one, and what is thought is never empty."""
+    solved = 0
+    for name, family in make([*GENERAL, "chain"], pool).items():
+        pairs = []
+        for seed in range(12):
+            problem = find(family, 7919 * seed, min(seed // 6, family.max_level))
+            if turns := solution(problem):
+                assert all(t["reasoning_content"] for t in turns if t["role"] == "assistant")
+                pairs.append((problem, Reply(tuple(turns), turns[-1]["content"], turns[-1]["reasoning_content"])))
+        assert all(score == 1.0 for score in family.scores(pairs)), name
+        solved += bool(pairs)
+    assert solved >= 24
+
+
+def test_a_wrong_solution_is_not_right(pool):
+    family = make(["gym/gcd"], pool)["gym/gcd"]
+    problem = find(family, 1, 0)
+    assert family.scores([(problem, Reply((), f"{int(problem.data['answer']) + 1}", "x"))]) == [0.0]
+
+
+def test_problems_without_thinking(pool):
+    """The same problem with the flag; held out on the same side."""
+    families = make(["gym/gcd", f"gym/gcd{NO_THINK}"], pool)
+    for seed in range(40):
+        a, b = (f.problem(seed, 0) for f in families.values())
+        assert b.messages[0]["content"] == f"{a.messages[0]['content']} {NO_THINK}" and not b.thinking and b.data == a.data
+        assert b.family == f"gym/gcd{NO_THINK}" and reserved(a) == reserved(b)
+
+
+def test_texts_of_problems_hold_none_that_is_held_out():
+    """Also chat format without think blocks, in documents of several lengths."""
+    texts = list(evidence_data.problem_texts(150, seed=3))
+    assert all(t.startswith("<|im_start|>") and t.endswith("<|im_end|>") and "<think>" not in t for t in texts)
+    again = list(evidence_data.problem_texts(150, seed=3))
+    assert texts == again
+    sizes = [d.count("<|im_start|>user\n") for d in evidence_data.documents(iter(texts), random.Random(0))]
+    assert sum(sizes) >= 150 and len(set(sizes)) > 1
+
+
+def test_plain_text_of_a_manual_page():
+    page = '.TH LS 1\n.SH NAME\nls \\- list\n.SH OPTIONS\n.TP\n.BR \\-a ", " \\-\\-all\ndo \\fBnot\\fR ignore\n.\\" a comment\n.nf\n'
+    assert evidence_data.roff(page) == "NAME\nls - list\n\nOPTIONS\n\n-a, --all\ndo not ignore"
+    assert evidence_data.roff(".Dd today\n.Sh NAME\n") == ""
+
+
+def test_work_of_a_token():
+    """Against the plain count: 6 per weight of the layers and the head, 12 T/2 per layer and width of the heads."""
+    config = evidence.H100.dense.model(8192, 0)
+    weights = 9 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1536) + 8192 * 512
+    assert evidence.flops(config, 1000.0) == pytest.approx(6 * weights + 6 * 9 * 512 * 1000, rel=1e-3)
+    assert 30e6 <= config.num_params() <= 60e6
+    moe = evidence.H100.moe.model(8192, 0)
+    assert moe.num_params(active=True) == pytest.approx(config.num_params(), rel=0.01)
+    assert evidence.H100.student.model(8192, 0).num_params() == pytest.approx(10e6, rel=0.1)
+
+
+def test_a_pack_goes_on_elsewhere(tmp_path):
+    """In parts, without checkpoints; what is there already stays; a missing one is named."""
+    out = tmp_path / "out"
+    for file, text in (("dense/cold.json", "{}"), ("dense/cold/model/model.safetensors", "x" * 5000), ("dense/s1/model/x", "y"),
+                       ("dense/cold/metrics.jsonl", "m"), ("dense/cold/checkpoints/1/model/x", "no"), ("data/shards/x", "no")):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).write_text(text)
+    (out / "dense/s1/model/noise").write_bytes(np.random.default_rng(0).bytes(4000))
+    parts = evidence_pack.pack(out, tmp_path / "p.tar", ["cold", "s1"], part=1000)
+    assert len(parts) > 3 and all(p.stat().st_size <= 1000 for p in parts)
+    there = tmp_path / "there"
+    (there / "dense").mkdir(parents=True)
+    (there / "dense/cold.json").write_text("mine")
+    evidence_pack.unpack(tmp_path / "p.tar", there)
+    found = {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()}
+    assert found == {"dense/cold.json", "dense/cold/model/model.safetensors", "dense/s1/model/x", "dense/s1/model/noise",
+                     "dense/cold/metrics.jsonl"}
+    assert (there / "dense/cold.json").read_text() == "mine"
+    with pytest.raises(FileNotFoundError, match="nothing.tar"):
+        evidence_pack.unpack(tmp_path / "nothing.tar", there)
+
+
+def test_a_stage_whose_start_is_missing(tmp_path):
+    archive = small_data(tmp_path)
+    with pytest.raises(FileNotFoundError, match="s1.*run stage s1 first"):
+        evidence.run(Evidence(tmp_path / "out", stage="S2", data=archive, tiny=True), quiet=True)
+
+
+def small_data(folder):
+    """Worked problems and made-up prose, in two cells, long documents among them."""
+    texts = list(evidence_data.documents(evidence_data.problem_texts(1500, 0), random.Random(0), sizes=(2, 2, 10, 30)))
+    prose = [" ".join(random.Random(i).choices("the a model reads writes one two long text of words".split(), k=40 * (1 + i % 40)))
+             for i in range(150)]
+    train_bpe([*texts, *prose], 700, folder / "tokenizer.json")
+    tok, cells = Tokenizer.from_file(folder / "tokenizer.json"), {}
+    for cell, docs in ((Cell("mathematics", "reasoning", "en", "4"), texts), (Cell("computing", "documentation", "en", "3"), prose)):
+        for part, chosen in (("train", docs[10:]), ("held_out", docs[:10])):
+            index = shards.write(
+                folder / "shards" / part / cell.key, zip(tok.encode_batch(chosen), (len(t.encode()) for t in chosen)),
+                vocab_size=tok.vocab_size, end_of_text=tok.token_id("<|endoftext|>"), tokenizer_sha256=file_sha256(folder / "tokenizer.json"))
+            cells.setdefault(cell.key, vars(cell) | {})[part] = {"tokens": index.n_tokens, "documents": index.n_documents, "bytes": index.n_bytes}
+    write_json(folder / "shards" / "cells.json", cells)
+    with tarfile.open(folder / "data.tar.xz", "w:xz") as tar:
+        for name in ("shards", "tokenizer.json"):
+            tar.add(folder / name, name)
+    return folder / "data.tar.xz"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_the_whole_chain(tmp_path, monkeypatch, model):
+    """Every stage runs, is not done twice, goes into a pack from which another folder goes on, and into the report."""
+    archive, out = small_data(tmp_path), tmp_path / "out"
+    quick = replace(evidence.TINY, minutes={k: v / 4 for k, v in evidence.TINY.minutes.items()})
+    monkeypatch.setattr(evidence, "TINY", quick)
+    options = {"data": archive, "tiny": True, "workers": 1, "model": model}
+    threads = torch.get_num_threads()
+    evidence.run(Evidence(out, pack=tmp_path / "p.tar", keep=("cold",), **options), quiet=True)
+    torch.set_num_threads(threads)
+    found = evidence_report.read(out / model)
+    assert found.keys() == {"s1", "s2", "s3", "cold", "rl-0", "fusion", "general", "distill", "control"}
+    assert found["s2"]["held_out"]["loss"] < 6.5 and found["s3"]["seq_len"] == 2048
+    assert "too hard" in found["control"]["refusal"] and found["s3"]["without_think"] == 0
+    assert len(found["general"]["families"]) >= 20 and found["general"]["steps"] >= 1
+    before = (out / model / "s1.json").stat().st_mtime_ns
+    evidence.run(Evidence(out, stage="S1", **options), quiet=True)
+    assert (out / model / "s1.json").stat().st_mtime_ns == before
+
+    there = tmp_path / "there"
+    evidence.run(Evidence(there, stage="rl", seed=1, start=tmp_path / "p.tar", **options), quiet=True)
+    assert json.loads((there / model / "rl-1.json").read_text())["steps"] >= 1
+    evidence.run(Evidence(out, report=tmp_path / "RECIPE.md"), quiet=True)
+    text = (tmp_path / "RECIPE.md").read_text()
+    assert f"| {model}, S3 |" in text and "nan" not in text
