@@ -54,6 +54,7 @@ def test_wheel_holds_the_core_and_links_no_torch(wheel, tmp_path):
     assert "libgomp" in needed and "torch" not in needed and "c10" not in needed
 
 
+@pytest.mark.slow
 def test_wheel_works_in_an_empty_environment(wheel, tmp_path):
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv/bin/python"

@@ -212,6 +212,7 @@ def test_a_build_goes_on_from_any_stage(built, raw, tmp_path):
         assert json.loads((tmp_path / "out" / "card.json").read_text()) == card, "counts of tasks done before are in it"
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_result(built, raw, tmp_path):
     builder.run(strict.build(Build, raw[1] | {"out": str(tmp_path / "out"), "workers": 2}), quiet=True)
     assert shard_bytes(tmp_path / "out") == shard_bytes(built)

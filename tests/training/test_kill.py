@@ -67,7 +67,8 @@ def arguments(tmp_path, model_folder, tokenizer):
     }
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("rl", marks=pytest.mark.slow), pytest.param("distill", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rl", "distill"])
 def test_a_run_that_is_killed_goes_on_in_the_same_bits(tmp_path, model_folder, arguments, stage):
     def start(out):
         common = {"start": model_folder, "out": out, "steps": STEPS, "lr": "1e-3", "save-every": 3, "device": "cpu", "dtype": "float32"}

@@ -38,7 +38,7 @@ def test_worked_chains():
             chain = part.split("\n")[0].removesuffix("<|im_end|>")
             assert f"\n{worked(chain)}\n\n{worked(chain)[-1]}<|im_end|>" in part
     assert {len(chain) for chain in asked(chats)} == {5, 8, 11, 14, 17}
-    assert {t.count("<|im_start|>user") for t in chats} == {1, 4, 16}
+    assert {t.count("<|im_start|>user") for t in chain_texts(3000)} == {0, 1, 4, 16}  # 97, 2 and 1 % of the chats
     sums = [t for t in texts if t not in chats]
     for line in "\n".join(sums).split("\n"):
         left, right = line.split("=")

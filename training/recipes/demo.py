@@ -100,10 +100,8 @@ def run_seed(options: Options, out: Path, seed: int, *, quiet: bool = False) -> 
         equality = compare_with_transformers(out / "model", held_out)
         texts = sample(load.load(start), tokenizer, seed)
 
-    losses, previous = {}, float("inf")
-    for name, r in pre["stages"].items():  # before: in the stage's rows or in those of the stage before, whichever is better
-        losses[name.upper()] = [min(r["held_out before"]["loss"], previous), r["held_out"]["loss"]]
-        previous = r["held_out"]["loss"]
+    # The same text in rows of the stage's length, by the model that the stage began with and by the one that it made.
+    losses = {name.upper(): [r["held_out before"]["loss"], r["held_out"]["loss"]] for name, r in pre["stages"].items()}
     results = post | {"nll": losses | post["nll"]}
     results |= {
         "seed": seed, "pre-training": pre, "continued": texts, "transformers": equality, "seconds": clock.seconds,
