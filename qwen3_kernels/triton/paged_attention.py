@@ -27,13 +27,16 @@ def _split_kernel(
     k_head, v_page, v_slot, v_head, table_stride, room, splits, PAGE: tl.constexpr, TQ: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, PRECISE: tl.constexpr,
 ):
+    # 8-bit keys and values are multiplied in fp16: the hardware turns e4m3 into that at once, and into bf16 by way of it.
+    EIGHT: tl.constexpr = k_pages.dtype.element_ty == tl.float8e4nv
+    dtype: tl.constexpr = tl.float16 if EIGHT and q.dtype.element_ty == tl.bfloat16 else q.dtype.element_ty
+    LIFT: tl.constexpr = 16384.0 if dtype == tl.float16 else 1.0  # keeps small probabilities among fp16's normal numbers
     row = tl.program_id(0).to(tl.int64)
     TILES: tl.constexpr = (TQ * GROUP + ROWS - 1) // ROWS
     head = tl.program_id(1) // TILES
     length = tl.minimum(tl.load(lengths + row), room)
     begin = tl.program_id(2) * SPLIT
     if begin < length:
-        dtype: tl.constexpr = q.dtype.element_ty
         cols = tl.arange(0, DP)
         inside = cols[None, :] < D
         # All queries of the key head, token by token: they share the loads of its keys and values.
@@ -44,6 +47,14 @@ def _split_kernel(
         queries = tl.load(q + rows[:, None] + cols[None, :], mask=there[:, None] & inside, other=0.0)
         if k_scale is not None:
             scale *= tl.load(k_scale + head)
+        factor = tl.full([ROWS], 1.0, tl.float32) * scale
+        if dtype != q.dtype.element_ty:
+            # A query in fp16 is scaled by a power of two, so that its largest number lies in [1, 2).
+            queries = queries.to(tl.float32)
+            power = tl.max(tl.abs(queries), 1).to(tl.uint32, bitcast=True) & 0x7F800000
+            power = tl.minimum(power, 253 << 23)  # its inverse is a normal number
+            queries *= ((254 << 23) - power).to(tl.float32, bitcast=True)[:, None]
+            factor *= power.to(tl.float32, bitcast=True)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, DP], tl.float32)
@@ -55,7 +66,7 @@ def _split_kernel(
             wanted = filled[:, None] & inside
             k_at = page * k_page + (pos % PAGE) * k_slot + head * k_head
             keys = widen(tl.load(k_pages + k_at[:, None] + cols[None, :], mask=wanted, other=0.0), dtype)
-            scores = dot(queries, tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32)) * scale
+            scores = dot(queries.to(dtype), tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32)) * factor[:, None]
             scores = tl.where(filled[None, :] & (pos[None, :] <= last[:, None]), scores, float("-inf"))
             higher = tl.maximum(peak, tl.max(scores, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)  # no key seen yet: exp(-inf) below, not exp(NaN)
@@ -64,6 +75,7 @@ def _split_kernel(
             total = total * shrink + tl.sum(p, 1)
             v_at = page * v_page + (pos % PAGE) * v_slot + head * v_head
             values = widen(tl.load(v_pages + v_at[:, None] + cols[None, :], mask=wanted, other=0.0), dtype)
+            p *= LIFT
             rounded = cast(p, dtype)
             out = dot(rounded, values, out * shrink[:, None])
             if dtype != tl.float32:
@@ -74,7 +86,7 @@ def _split_kernel(
         # Peak and sum apart: their logarithm would round, and large scores lose what tells splits apart.
         tl.store(peaks + slot, peak, mask=there)
         tl.store(sums + slot, total, mask=there)
-        tl.store(partial + slot[:, None] * D + cols[None, :], out, mask=there[:, None] & inside)
+        tl.store(partial + slot[:, None] * D + cols[None, :], out / LIFT, mask=there[:, None] & inside)
 
 
 @triton.jit(do_not_specialize=["room", "splits"])
@@ -158,9 +170,11 @@ def forward(
     q, page_table, lengths = row_major(q), row_major(page_table), lengths.contiguous()
     room = page_table.shape[1] * PAGE
     splits = triton.cdiv(room, SPLIT)
-    # float32 has no tensor cores here: a smaller tile keeps its products in registers.
-    rows = min(max(triton.next_power_of_2(TQ * GROUP), 16), 16 if full else 64)
-    keys = 32 if full else 64
+    # float32 is multiplied without tensor cores, in registers: small tiles do not spill.
+    rows, keys, warps = min(max(triton.next_power_of_2(TQ * GROUP), 16), 16 if full else 64), *((16, 8) if full else (64, 4))
+    # Of 5 stages one loads page numbers and two hold keys and values; three programs fit on a multiprocessor. The products
+    # of 64 rows are asynchronous and hold one more: 4 stages let two programs fit.
+    stages = 4 if rows == 64 and k_pages.itemsize > 1 else 5
     floats = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(B * TQ * HQ, splits, D, **floats)
     peaks, sums = (torch.empty(B * TQ * HQ, splits, **floats) for _ in range(2))
@@ -172,7 +186,7 @@ def forward(
         _split_kernel[(B, HK * triton.cdiv(TQ * GROUP, rows), splits)](
             q, k_pages, v_pages, page_table, lengths, k_scale, partial, peaks, sums, scale, *q.stride()[:3],
             *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0), room, splits, PAGE=PAGE, ROWS=rows,
-            KEYS=keys, num_warps=4, num_stages=3, **sizes,
+            KEYS=keys, num_warps=warps, num_stages=stages, **sizes,
         )
         _combine_kernel[(B * TQ * HQ,)](
             partial, peaks, sums, lengths, v_scale, out, lse, room, splits, HK=HK, CHUNK=CHUNK, num_warps=4, **sizes,
