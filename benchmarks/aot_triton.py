@@ -150,7 +150,9 @@ def _moe_experts(n: int, d: int, i: int, e: int, k: int, dtype: torch.dtype, bac
     return calls
 
 
-def _paged_attention(b: int, tq: int, hq: int, hk: int, d: int, dtype: torch.dtype, cache: torch.dtype) -> Callable[[], None]:
+def _paged_attention(
+    b: int, tq: int, hq: int, hk: int, d: int, dtype: torch.dtype, cache: torch.dtype
+) -> Callable[[], None]:
     def calls():
         op = dispatch.backend("paged_attention", "triton")
         pages, new, scale = meta(4096, 64, hk, d, dtype=cache), meta(b, tq, hk, d, dtype=dtype), meta(hk, dtype=FP32)

@@ -150,7 +150,8 @@ def _paged(attend: Callable) -> Callable:
 
     @torch.no_grad()
     def run(
-        q: Tensor, k_pages: Tensor, v_pages: Tensor, k8: Tensor, v8: Tensor, scales: Tensor, page_table: Tensor, lengths: Tensor,
+        q: Tensor, k_pages: Tensor, v_pages: Tensor, k8: Tensor, v8: Tensor, scales: Tensor, page_table: Tensor,
+        lengths: Tensor,
     ) -> tuple[Tensor, Tensor]:
         return (attend(q, k_pages, v_pages, page_table, lengths),
                 attend(q, k8, v8, page_table, lengths, k_scale=scales, v_scale=scales.flip(0)))

@@ -1,7 +1,7 @@
 """Attention of a few new tokens over a paged KV cache, and the write of their keys and values into it. Inference only.
 
-Sources: Kwon et al. 2023 (arXiv 2309.06180) for pages; Dao et al. 2023, "Flash-Decoding for long-context inference", for
-splitting the keys; Micikevicius et al. 2022 (arXiv 2209.05433) for the 8-bit format e4m3.
+Sources: Kwon et al. 2023 (arXiv 2309.06180) for pages; Dao et al. 2023, "Flash-Decoding for long-context inference",
+for splitting the keys; Micikevicius et al. 2022 (arXiv 2209.05433) for the 8-bit format e4m3.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def paged_attention(
         out, q's shape and dtype; with ``return_lse`` the pair (out, lse float32 [B, Tq, Hq]). A query that sees no key
         (length 0, or the first of more queries than tokens) gives 0 (lse -inf).
 
-    The keys are cut into splits of a fixed number, whose partial results are summed in a fixed order: a row's bits depend
-    neither on the other rows nor on max_pages nor on which pages it lies in. Nothing waits for the host and all sizes
-    follow from shapes, so a CUDA graph may be replayed with other lengths and tables; there max_pages bounds them.
+    The keys are cut into splits of a fixed number, whose partial results are summed in a fixed order: on a GPU, a row's
+    bits depend neither on the other rows nor on max_pages nor on which pages it lies in. Nothing waits for the host and
+    all sizes follow from shapes, so a CUDA graph may be replayed with other lengths and tables.
 
     Bytes: keys and values up to the longest of each row's lengths once, lengths.sum() * 2 * Hk * D numbers. Beside the
     output, scratch of B * Tq * Hq * (D + 2) float32 for every split of max_pages * page_size keys.
@@ -155,7 +155,8 @@ def _check_pages(
     """What both ops ask of the cache; ``like`` [B, T, H, D] is their first argument, of that name."""
     require(k_pages.dim() == 4 and k_pages.numel() > 0, op, "k_pages", tuple(k_pages.shape),
             "[P, page_size, Hk, D], at least one page and slot")
-    require(v_pages.shape == k_pages.shape, op, "v_pages", tuple(v_pages.shape), f"k_pages' shape {tuple(k_pages.shape)}")
+    require(v_pages.shape == k_pages.shape, op, "v_pages", tuple(v_pages.shape),
+            f"k_pages' shape {tuple(k_pages.shape)}")
     require(k_pages.shape[-1] == like.shape[-1], op, "k_pages", tuple(k_pages.shape),
             f"{first}'s head dimension {like.shape[-1]}")
     same_device(op, like, k_pages=k_pages, v_pages=v_pages, k_scale=k_scale, v_scale=v_scale)
@@ -188,7 +189,7 @@ def _check_integers(op: str, like: Tensor, name: str, t: Tensor, shape: tuple[in
 def _no_grad(op: str, **tensors: Tensor) -> None:
     for name, t in tensors.items():
         if torch.is_grad_enabled() and t.requires_grad:
-            raise RuntimeError(f"{op}: {name} requires grad, but no gradient flows through a cache; use torch.no_grad()")
+            raise RuntimeError(f"{op}: {name} requires grad; no gradient flows through a cache, use torch.no_grad()")
 
 
 def _check_places(op: str, name: str, lengths: Tensor, page_table: Tensor, k_pages: Tensor) -> None:
@@ -265,7 +266,8 @@ def _check_written(positions: Tensor, page_table: Tensor, k_pages: Tensor) -> No
     P, page_size = k_pages.shape[:2]
     room = page_table.shape[1] * page_size
     if (positions >= room).any():
-        raise IndexError(f"paged_write: positions holds {positions.max().item()}; the page table has {room} slots a row")
+        most = positions.max().item()
+        raise IndexError(f"paged_write: positions holds {most}; the page table has {room} slots a row")
     page = page_table.gather(1, (positions.clamp(min=0) // page_size).long())
     wrong = page[(positions >= 0) & ((page < 0) | (page >= P))]
     if len(wrong):

@@ -47,8 +47,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """fp32 to ``dtype``, rounded to nearest even; to e4m3, x is at most 448 in size. Triton's interpreter cuts bf16 and e4m3
-    off instead; there it is done in bits."""
+    """fp32 to ``dtype``, rounded to nearest even; to e4m3, x is at most 448 in size. Triton's interpreter cuts bf16 and
+    e4m3 off instead; there it is done in bits."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)

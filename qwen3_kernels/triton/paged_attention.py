@@ -1,8 +1,8 @@
 """Split-KV attention over pages in Triton: one program for each row, key head and split of the keys, then one for each
 query that puts the splits together in their order.
 
-A split is SPLIT keys, whatever the batch, the longest row or the GPU: where a row's keys are cut, and in which order what
-comes of them is summed, follows from their positions alone. That is what makes the bits of a row its own.
+A split is SPLIT keys, whatever the batch, the longest row or the GPU: where a row's keys are cut, and in which order
+what comes of them is summed, follows from their positions alone. That is what makes the bits of a row its own.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ._launch import cast, dot, exp, on_device, row_major, widen
 
-# Keys of a split. Few, so that a single row of a few thousand tokens still fills a GPU (8 key heads and 4096 keys are 128
-# programs); many, so that partial results stay small beside the keys and values: with 4 queries a key head in bf16, 2 KB
-# written and read again for 128 KB.
+# Keys of a split. Few, so that a single row of a few thousand tokens still fills a GPU (8 key heads and 4096 keys are
+# 128 programs); many, so that partial results stay small beside the keys and values: with 4 queries a key head in bf16,
+# 2 KB written and read again for 128 KB.
 SPLIT = 256
 CHUNK = 64  # splits that are put together at once: one round of loads up to 16K keys
 
@@ -24,13 +24,14 @@ CHUNK = 64  # splits that are put together at once: one round of loads up to 16K
 @triton.jit(do_not_specialize=["table_stride", "room", "splits"])
 def _split_kernel(
     q, k_pages, v_pages, table, lengths, k_scale, partial, peaks, sums, scale, q_row, q_token, q_head, k_page, k_slot,
-    k_head, v_page, v_slot, v_head, table_stride, room, splits, PAGE: tl.constexpr, TQ: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, PRECISE: tl.constexpr,
+    k_head, v_page, v_slot, v_head, table_stride, room, splits, PAGE: tl.constexpr, TQ: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISE: tl.constexpr,
 ):
-    # 8-bit keys and values are multiplied in fp16: the hardware turns e4m3 into that at once, and into bf16 by way of it.
+    # 8-bit keys and values are multiplied in fp16: the hardware turns e4m3 into that, and into bf16 by way of it only.
     EIGHT: tl.constexpr = k_pages.dtype.element_ty == tl.float8e4nv
     dtype: tl.constexpr = tl.float16 if EIGHT and q.dtype.element_ty == tl.bfloat16 else q.dtype.element_ty
-    LIFT: tl.constexpr = 16384.0 if dtype == tl.float16 else 1.0  # keeps small probabilities among fp16's normal numbers
+    LIFT: tl.constexpr = 16384.0 if dtype == tl.float16 else 1.0  # small probabilities become normal numbers of fp16
     row = tl.program_id(0).to(tl.int64)
     TILES: tl.constexpr = (TQ * GROUP + ROWS - 1) // ROWS
     head = tl.program_id(1) // TILES
@@ -91,8 +92,9 @@ def _split_kernel(
 
 @triton.jit(do_not_specialize=["room", "splits"])
 def _combine_kernel(
-    partial, peaks, sums, lengths, v_scale, out, lse, room, splits, TQ: tl.constexpr, GROUP: tl.constexpr, HK: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, PRECISE: tl.constexpr,
+    partial, peaks, sums, lengths, v_scale, out, lse, room, splits, TQ: tl.constexpr, GROUP: tl.constexpr,
+    HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     query = tl.program_id(0).to(tl.int64)  # (row, key head, token, query of the key head)
     row = query // (HK * TQ * GROUP)
@@ -128,9 +130,9 @@ def _combine_kernel(
 
 @triton.jit
 def _write_kernel(
-    k, v, k_pages, v_pages, table, positions, k_scale, v_scale, k_row, k_token, k_head, v_row, v_token, v_head, kp_page,
-    kp_slot, kp_head, vp_page, vp_slot, vp_head, table_stride, T, PAGE: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
-    HP: tl.constexpr, DP: tl.constexpr,
+    k, v, k_pages, v_pages, table, positions, k_scale, v_scale, k_row, k_token, k_head, v_row, v_token, v_head,
+    kp_page, kp_slot, kp_head, vp_page, vp_slot, vp_head, table_stride, T, PAGE: tl.constexpr, HK: tl.constexpr,
+    D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr,
 ):
     row = (tl.program_id(0) // T).to(tl.int64)
     token = tl.program_id(0) % T
@@ -171,9 +173,10 @@ def forward(
     room = page_table.shape[1] * PAGE
     splits = triton.cdiv(room, SPLIT)
     # float32 is multiplied without tensor cores, in registers: small tiles do not spill.
-    rows, keys, warps = min(max(triton.next_power_of_2(TQ * GROUP), 16), 16 if full else 64), *((16, 8) if full else (64, 4))
-    # Of 5 stages one loads page numbers and two hold keys and values; three programs fit on a multiprocessor. The products
-    # of 64 rows are asynchronous and hold one more: 4 stages let two programs fit.
+    most, keys, warps = (16, 16, 8) if full else (64, 64, 4)
+    rows = min(max(triton.next_power_of_2(TQ * GROUP), 16), most)
+    # Of 5 stages two load page numbers and two hold keys and values; three programs fit on a multiprocessor. The
+    # products of 64 rows are asynchronous and hold one more: 4 stages let two programs fit.
     stages = 4 if rows == 64 and k_pages.itemsize > 1 else 5
     floats = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(B * TQ * HQ, splits, D, **floats)
@@ -195,14 +198,14 @@ def forward(
 
 
 def write(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, positions: Tensor, k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, positions: Tensor,
+    k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> None:
     (B, T, HK, D), k, v, page_table = k.shape, row_major(k), row_major(v), row_major(page_table)
     k_scale, v_scale = (None if s is None else s.contiguous() for s in (k_scale, v_scale))
     with on_device(k):
         _write_kernel[(B * T,)](
-            k, v, k_pages, v_pages, page_table, positions.contiguous(), k_scale, v_scale, *k.stride()[:3], *v.stride()[:3],
-            *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0), T, PAGE=k_pages.shape[1], HK=HK, D=D,
-            HP=triton.next_power_of_2(HK), DP=_padded(D), num_warps=4,
+            k, v, k_pages, v_pages, page_table, positions.contiguous(), k_scale, v_scale, *k.stride()[:3],
+            *v.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0), T,
+            PAGE=k_pages.shape[1], HK=HK, D=D, HP=triton.next_power_of_2(HK), DP=_padded(D), num_warps=4,
         )
