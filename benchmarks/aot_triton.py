@@ -33,7 +33,7 @@ from qwen3_kernels.ops.moe_router import Plan
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
-            torch.int32: "*i32"}
+            torch.int32: "*i32", torch.float8_e4m3fn: "*fp8e4nv"}
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,21 @@ def _moe_experts(n: int, d: int, i: int, e: int, k: int, dtype: torch.dtype, bac
     return calls
 
 
-BF16, FP32 = torch.bfloat16, torch.float32
+def _paged_attention(
+    b: int, tq: int, hq: int, hk: int, d: int, dtype: torch.dtype, cache: torch.dtype
+) -> Callable[[], None]:
+    def calls():
+        op = dispatch.backend("paged_attention", "triton")
+        pages, new, scale = meta(4096, 64, hk, d, dtype=cache), meta(b, tq, hk, d, dtype=dtype), meta(hk, dtype=FP32)
+        table, lengths = meta(b, 128, dtype=torch.int32), meta(b, dtype=torch.int32)
+        scale = scale if cache == FP8 else None
+        op.write(new, new, pages, pages, table, meta(b, tq, dtype=torch.int32), scale, scale)
+        op.forward(meta(b, tq, hq, d, dtype=dtype), pages, pages, table, lengths, scale, scale, d**-0.5)
+
+    return calls
+
+
+BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 CASES: dict[str, dict[str, Callable[[], None]]] = {
     "rms_norm": {
         "4096 bf16": _rms_norm(16384, 4096, BF16, False),
@@ -196,6 +210,15 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "30B T8 bf16": _moe_experts(8, 2048, 768, 128, 8, BF16, backward=False),
         "odd bf16": _moe_experts(4096, 1001, 333, 8, 2, BF16),
         "512 fp32": _moe_experts(1024, 512, 256, 8, 2, FP32),
+    },
+    "paged_attention": {
+        "32+8x128 bf16": _paged_attention(8, 1, 32, 8, 128, BF16, BF16),
+        "32+8x128 bf16, fp8": _paged_attention(8, 1, 32, 8, 128, BF16, FP8),
+        "64+4x128 bf16 Tq 8": _paged_attention(8, 8, 64, 4, 128, BF16, BF16),
+        "64+4x128 fp8 Tq 8": _paged_attention(8, 8, 64, 4, 128, BF16, FP8),
+        "16+8x64 bf16": _paged_attention(8, 1, 16, 8, 64, BF16, BF16),
+        "32+8x128 fp32": _paged_attention(8, 1, 32, 8, 128, FP32, FP32),
+        "32+8x128 fp32, fp8": _paged_attention(8, 1, 32, 8, 128, FP32, FP8),
     },
 }
 

@@ -364,6 +364,60 @@ def _(context):
     return Impl(run)
 
 
+# --- paged_attention(q, k_pages, v_pages, page_table, lengths[, k_scale, v_scale]) -> out. context: lengths
+
+
+def _gathered(inputs: dict) -> dict:
+    """Dense keys and values [B, T, Hk, D] in the queries' dtype, as one who has no paged kernel holds them."""
+    table = inputs["page_table"].clamp(min=0).long()
+    dense = {}
+    for name in ("k", "v"):
+        held, scale = inputs[f"{name}_pages"], inputs.get(f"{name}_scale")
+        rows = held[table] if scale is None else held.view(torch.uint8)[table].view(held.dtype)
+        rows = rows.flatten(1, 2).to(inputs["q"].dtype)
+        dense[name] = rows if scale is None else rows * scale.to(rows.dtype).unsqueeze(-1)
+    return {"q": inputs["q"], "lengths": inputs["lengths"]} | dense
+
+
+@provides("torch", "paged_attention")
+def _(context):
+    equal = len(set(context["lengths"])) == 1
+
+    def run(q, k, v, lengths):
+        mask = None if equal else (torch.arange(k.shape[1], device=q.device) < lengths.unsqueeze(1))[:, None, None]
+        k, v = (t[:, : max(context["lengths"])].transpose(1, 2) for t in (k, v))
+        mask = None if equal else mask[..., : k.shape[2]]
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return Impl(run, adapt=_gathered)
+
+
+@provides("sdpa-flash", "paged_attention")
+def _(context):
+    if context["device"] != "cuda":
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    accepted = inspect.signature(varlen_attn).parameters
+    if "seqused_k" not in accepted:
+        return None
+    lengths, gqa = context["lengths"], {"enable_gqa": True} if "enable_gqa" in accepted else {}
+
+    def run(q, k, v, lengths, cu_q, cu_k):
+        B, T = k.shape[:2]
+        k, v = (t.flatten(0, 1) for t in (k, v))
+        if not gqa:
+            k, v = (t.repeat_interleave(q.shape[2] // t.shape[1], 1) for t in (k, v))
+        return varlen_attn(q.flatten(0, 1), k, v, cu_q, cu_k, 1, T, seqused_k=lengths, **gqa).view(q.shape)
+
+    def adapt(inputs):
+        dense = _gathered(inputs)
+        rows = torch.arange(len(lengths) + 1, dtype=torch.int32, device=dense["q"].device)
+        return dense | {"cu_q": rows, "cu_k": rows * dense["k"].shape[1]}
+
+    return Impl(run, adapt=adapt)
+
+
 # --- qk_norm_attention(q, k, v, q_weight, k_weight, cos, sin[, cu_seqlens]) -> out: what one would put together from the parts
 
 

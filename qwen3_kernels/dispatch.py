@@ -23,6 +23,7 @@ OPS = (
     "rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention",
     "moe_router",  # and the routing plan
     "moe_experts", "swiglu_mlp",
+    "paged_attention",  # and the write into the pages
 )
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
@@ -32,6 +33,7 @@ PREFERENCE = {
     "cpu": {op: ("cpu", "torch") for op in OPS} | {
         "moe_router": ("torch",),  # a few sorts of a few hundred numbers
         "swiglu_mlp": ("torch",),  # torch: its products and the op swiglu
+        "paged_attention": ("torch",),
     },
     "cuda": {op: ("triton", "torch") for op in OPS} | {
         "attention": ("cuda", "torch"), "rms_norm": ("triton", "cuda", "torch"),

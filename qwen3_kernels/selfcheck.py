@@ -15,6 +15,7 @@ from .ops.cross_entropy import cross_entropy, cross_entropy_ref
 from .ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from .ops.moe_experts import moe_experts, moe_experts_ref
 from .ops.moe_router import moe_router, moe_router_ref
+from .ops.paged_attention import FP8, paged_attention, paged_attention_ref
 from .ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from .ops.rms_norm import rms_norm, rms_norm_ref
 from .ops.swiglu import swiglu, swiglu_ref
@@ -33,7 +34,7 @@ def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
     return float("inf") if ratio.isnan() else ratio.item()
 
 
-CONSTANTS = frozenset({"cos", "sin"})  # floating arguments that get no gradient
+CONSTANTS = frozenset({"cos", "sin", "k8", "v8", "scales"})  # floating arguments that get no gradient
 
 
 def run(op: str, backend: str, device: str, dtype: torch.dtype) -> float:
@@ -60,7 +61,8 @@ def run(op: str, backend: str, device: str, dtype: torch.dtype) -> float:
 
 
 def outputs_and_grads(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Outputs of ``function(**inputs)`` and gradients of the floating inputs under fixed pseudo-random cotangents."""
+    """Outputs of ``function(**inputs)`` and gradients of the floating inputs under fixed pseudo-random cotangents; none of an
+    op for inference."""
     inputs = {
         n: t.detach().clone().requires_grad_(t.is_floating_point() and n not in CONSTANTS) for n, t in inputs.items()
     }
@@ -69,7 +71,8 @@ def outputs_and_grads(function: Callable[..., Tensor | tuple[Tensor, ...]], inpu
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in out]
     wanted = [t for t in inputs.values() if t.requires_grad]
-    grads = torch.autograd.grad(out, wanted, cotangents, allow_unused=True)
+    differentiable = any(o.requires_grad for o in out)
+    grads = torch.autograd.grad(out, wanted, cotangents, allow_unused=True) if differentiable else ()
     return [o.detach() for o in out] + [g for g in grads if g is not None]
 
 
@@ -126,6 +129,12 @@ def inputs_for(op: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         n, width = (200, 128) if device == "cuda" else (40, 64)  # more than a block; the width that the kernels take
         cu = torch.tensor([0, 3, 3, n], dtype=torch.int32, device=device)
         return {"q": rand(n, 4, width), "k": rand(n, 2, width), "v": rand(n, 2, width), "cu_seqlens": cu}
+    if op == "paged_attention":
+        k, v = rand(6, 8, 2, 64), rand(6, 8, 2, 64)
+        table = torch.tensor([[4, 1, -1], [5, 0, 2], [-1, -1, -1]], dtype=torch.int32, device=device)
+        return {"q": rand(3, 2, 6, 64), "k_pages": k, "v_pages": v, "k8": k.to(FP8), "v8": v.to(FP8),
+                "scales": torch.tensor([0.5, 1.5], device=device), "page_table": table,
+                "lengths": torch.tensor([9, 24, 0], dtype=torch.int32, device=device)}
     raise ValueError(f"op is {op!r}; expected one of the ops in dispatch.OPS")
 
 
@@ -139,6 +148,20 @@ def _floats(router: Callable) -> Callable:
     return run
 
 
+def _paged(attend: Callable) -> Callable:
+    """Outputs over pages of the queries' dtype, and over those of 8 bits."""
+
+    @torch.no_grad()
+    def run(
+        q: Tensor, k_pages: Tensor, v_pages: Tensor, k8: Tensor, v8: Tensor, scales: Tensor, page_table: Tensor,
+        lengths: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return (attend(q, k_pages, v_pages, page_table, lengths),
+                attend(q, k8, v8, page_table, lengths, k_scale=scales, v_scale=scales.flip(0)))
+
+    return run
+
+
 _PAIRS = {
     "rms_norm": (rms_norm, rms_norm_ref),
     "swiglu": (swiglu, swiglu_ref),
@@ -148,4 +171,5 @@ _PAIRS = {
     "moe_router": (_floats(moe_router), _floats(moe_router_ref)),
     "moe_experts": (moe_experts, moe_experts_ref), "swiglu_mlp": (swiglu_mlp, swiglu_mlp_ref),
     "attention": (attention, attention_ref),
+    "paged_attention": (_paged(paged_attention), _paged(paged_attention_ref)),
 }

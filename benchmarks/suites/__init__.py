@@ -12,6 +12,7 @@ SUITES = {
     "qk_norm_attention": "norm, RoPE and attention in one op",
     "loss": "the head and cross-entropy in one, at Qwen3's vocabulary",
     "attention": "causal grouped-query attention, batched and packed",
+    "decode": "attention of one new token a row over a paged KV cache, in bf16 and fp8",
     "moe": "experts and router of a mixture, in training and decoding, balanced and skewed",
     "train_step": "a whole training step with optimizer, a process per implementation (CUDA)",
     "generate": "a whole model: prefill, and greedy generation with a KV cache",

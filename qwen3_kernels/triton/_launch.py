@@ -47,11 +47,29 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """fp32 to ``dtype``, rounded to nearest even. Triton's interpreter cuts bf16 off instead; there it is done in bits."""
+    """fp32 to ``dtype``, rounded to nearest even; to e4m3, x is at most 448 in size. Triton's interpreter cuts bf16 and
+    e4m3 off instead; there it is done in bits."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         return (tl.where(x == x, rounded, bits) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif INTERPRETED and dtype == tl.float8e4nv:
+        bits = x.to(tl.uint32, bitcast=True)
+        size = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+        normal = (((bits & 0x7FFFFFFF) + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # exponent's bias 127 to 7
+        small = (size + 16384.0).to(tl.uint32, bitcast=True) & 0xF  # the addition rounds to a multiple of 2^-9
+        coded = tl.where(x == x, tl.where(size < 0.015625, small, normal), 0x7F) | ((bits >> 24) & 0x80)
+        return coded.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def widen(x, dtype: tl.constexpr):
+    """x itself in ``dtype``, or e4m3 to it, which is exact. Triton's interpreter knows no NaN of e4m3."""
+    if INTERPRETED and x.dtype == tl.float8e4nv:
+        isnan = (x.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F
+        return tl.where(isnan, float("nan"), x.to(tl.float32)).to(dtype)
     else:
         return x.to(dtype)
 

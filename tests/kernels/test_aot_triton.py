@@ -13,6 +13,9 @@ STREAMING = {"forward_kernel", "backward_kernel"}
 REGISTERS, SHARED_BYTES = 65536, 227 * 1024  # of a multiprocessor; the latter is the most one program may ask for
 
 
+pytestmark = pytest.mark.slow  # a minute of compiling
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aot")
@@ -31,7 +34,7 @@ def test_every_kernel_of_every_op_is_compiled(rows):
     } | {("moe_router", kernel) for kernel in ("count_kernel", "place_kernel")} | {
         ("moe_experts", f"{kernel}_kernel") for kernel in
         ("up", "rows", "down_backward", "weight_grad", "combine", "tiles", "dweights", "decode_up", "decode_down")
-    }
+    } | {("paged_attention", f"{kernel}_kernel") for kernel in ("split", "combine", "write")}
 
 
 def test_products_read_in_units_of_16_bytes(rows):
@@ -41,6 +44,15 @@ def test_products_read_in_units_of_16_bytes(rows):
     assert len(training) == 7
     for r in training:
         assert r["shared"] >= 96 * 1024, f"{r['kernel']} holds fewer steps than it was given"
+
+
+def test_three_programs_of_a_decoding_step_share_a_multiprocessor(rows):
+    """What hides the latency of memory; each has two blocks of keys and values in shared memory."""
+    decode = {r["case"]: r for r in rows if r["kernel"] == "split_kernel" and r["case"].startswith("32+8x128 bf16")}
+    assert set(decode) == {"32+8x128 bf16", "32+8x128 bf16, fp8"}
+    for case, r in decode.items():
+        assert 3 * (r["shared"] + 1024) <= SHARED_BYTES + 1024 and 3 * r["registers"] * 32 * r["warps"] <= REGISTERS, r
+        assert r["shared"] >= 2 * 2 * 64 * 128 * (1 if "fp8" in case else 2), r
 
 
 def test_nothing_spills(rows):
