@@ -25,7 +25,7 @@ from qwen3_model.recompute import POLICIES
 
 from .config import DTYPES, Config
 from .data.packing import Batch
-from .optim import PIECE, STATES, Optimizer, is_matrix_of_a_layer
+from .optim import PIECE, STATES, is_matrix_of_a_layer
 
 MARGIN = 0.05  # of the device's memory, for the error of the prediction and what the allocator cannot use
 CONTEXT = 1 << 30  # bytes that CUDA and its libraries take beside torch's allocator
