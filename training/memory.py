@@ -180,7 +180,8 @@ class _Step:
         m, b, D, policy = self.model, self.b, self.model.hidden_size, self.config.recompute
         again = self.layer(i, "none") if policy == "full" else 0
         if not m.is_moe_layer(i):  # at SwiGLU: gradients of the layer's output, of SwiGLU's output, of gate and up
-            wide = 3 if policy == "norm+swiglu" or self._fused_mlp else 2  # else SwiGLU's own output has just made room for one of them
+            # SwiGLU's output is made again, or has just made room for one of them.
+            wide = 3 if policy == "norm+swiglu" or self._fused_mlp else 2
             return again + self.N * (D + wide * m.intermediate_size) * b
         A, F, E = m.num_experts_per_tok, m.moe_intermediate_size, m.num_experts
         # The gradient of the output, that of gate_up; then either SwiGLU's part, of every expert of a token, or the sum

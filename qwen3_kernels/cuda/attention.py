@@ -18,7 +18,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As the op ``qwen3::attention``, which calls this for what it can do: D = 128, as many keys as queries, no ``q_start``,
     scale above 0."""
-    q, k, v = map(_aligned, (q, k, v))
+    q, k, v = map(aligned, (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     sequences, cu_seqlens = _sequences(q, cu_seqlens)
@@ -45,14 +45,14 @@ def backward_through_norm_rope(
     """As ``backward`` where q and k are ``qk_norm_rope(q_raw, k_raw, q_weight, k_weight, cos, sin, eps)``: (dq_raw, dk_raw, dv,
     dq_weight, dk_weight)."""
     cos, sin = (t.float().contiguous() for t in (cos, sin))
-    parts = [(_aligned(raw), weight.float().contiguous(), cos, sin, eps) for raw, weight in ((q_raw, q_weight), (k_raw, k_weight))]
+    parts = [(aligned(raw), weight.float().contiguous(), cos, sin, eps) for raw, weight in ((q_raw, q_weight), (k_raw, k_weight))]
     dq, dk, dv, *shares = _backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale, parts)
     return dq, dk, dv, *(s.sum(0).to(w.dtype) for s, w in zip(shares, (q_weight, k_weight)))
 
 
 def _backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale, prologue=()) -> list[Tensor]:
     """[dq, dk, dv], and with a prologue the shares [blocks, D] of dq_weight and dk_weight."""
-    dout, q, k, v = map(_aligned, (dout, q, k, v))
+    dout, q, k, v = map(aligned, (dout, q, k, v))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -87,7 +87,7 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
     """The tensor itself when TMA can read it: D contiguous, everything else in steps of 16 bytes."""
-    aligned = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1])
-    return t if aligned else t.contiguous()
+    fits = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1])
+    return t if fits else t.contiguous()

@@ -51,8 +51,8 @@ def has_kernel(x: Tensor, gate: Tensor) -> bool:
     """Whether these run as one, without keeping SwiGLU's output."""
     D, I = x.shape[-1], gate.shape[0]
     return (
-        D > 0 and I > 0 and D % 8 == 0 and I % 8 == 0 and x.numel() >= MIN_ROWS * D and not torch.is_autocast_enabled(x.device.type)
-        and x.dtype == gate.dtype and dispatch.resolve("swiglu_mlp", x.device.type, x.dtype) == "cuda"
+        D > 0 and I > 0 and D % 8 == 0 and I % 8 == 0 and x.numel() >= MIN_ROWS * D
+        and not torch.is_autocast_enabled(x.device.type) and x.dtype == gate.dtype and dispatch.resolve("swiglu_mlp", x.device.type, x.dtype) == "cuda"
     )
 
 

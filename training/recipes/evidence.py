@@ -44,9 +44,10 @@ from ..rewards.families import NO_THINK
 from ..rl import reinforce
 from . import cold_start, distill as distillation, fusion, general_rl, reasoning_rl, stage1, stage2, stage3, stages
 from .evidence_bench import (
-    FAMILIES, MODED, Bench, budget_curve, cold_talks, direct_answer, direct_modes, drawn, mean, opened, thinking,
+    FAMILIES, MODED, Bench, budget_curve, cold_talks, direct_answer, direct_modes, drawn, mean, thinking,
 )
 from .evidence_pack import pack, unpack, unpacked
+from .path import opened
 from .stages import Paths, Scale
 from .worked import solution
 

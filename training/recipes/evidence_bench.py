@@ -8,10 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_model import load as model_io
 from qwen3_model.chat import parse
-from qwen3_model.model import Qwen3
-from qwen3_model.tokenizer import Tokenizer
 
 from ..filters import Candidate, Validation
 from ..rewards import Family, Problem, Reply, find, mixed_seed
@@ -22,6 +19,7 @@ from ..rollout import Request
 from ..static_rollout import roller_for
 from . import cold_start
 from .evidence_data import LEFT_OUT
+from .path import opened
 from .worked import solution
 
 FAMILIES = tuple(n for n in GENERAL if n not in LEFT_OUT)
@@ -68,10 +66,6 @@ def at_k(episodes: Sequence[Episode]) -> dict[str, float]:
     for e in episodes:
         groups[e.group] = groups.get(e.group, False) or e.reward >= 0.5
     return {"pass_at_k": statistics.fmean(groups.values())}
-
-
-def opened(folder: Path, device: str) -> tuple[Qwen3, Tokenizer]:
-    return model_io.load(folder, device=device), Tokenizer.from_file(folder / "tokenizer.json")
 
 
 def budget_curve(bench: Bench, folder: Path, names: Sequence[str], device: str) -> dict[str, Any]:

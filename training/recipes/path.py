@@ -171,8 +171,8 @@ def draw(purpose: str, seed: int, number: int, family: str, top: int) -> Problem
     return find(FAMILIES[family], mixed_seed(purpose, seed, number, family), level)
 
 
-def opened(folder: Path) -> tuple[Qwen3, Tokenizer]:
-    return model_io.load(folder), Tokenizer.from_file(folder / "tokenizer.json")
+def opened(folder: Path, device: str = "cpu") -> tuple[Qwen3, Tokenizer]:
+    return model_io.load(folder, device=device), Tokenizer.from_file(folder / "tokenizer.json")
 
 
 def model_size(folder: Path) -> int:
