@@ -87,14 +87,15 @@ def dot(a, b, total):
 @triton.jit
 def exp(x, PRECISE: tl.constexpr = False):
     """exp(x). By default one multiply and the hardware's 2^x, whose relative error grows with |x|: 3e-7 at 1, 2e-6 at 20, far
-    under bf16's rounding. ``PRECISE`` (for float32 tensors) reduces the argument first: 1e-7 everywhere, 10 more operations.
+    under bf16's rounding. ``PRECISE`` (for float32 tensors) reduces the argument first: 6e-8 everywhere, 11 more operations.
     """
     if PRECISE:
         clamped = tl.minimum(tl.maximum(x, -87.0), 88.0)
         n = tl.floor(clamped * 1.4426950408889634 + 0.5)
         r = tl.fma(n, -0.693359375, clamped)
         r = tl.fma(n, 2.12194440e-4, r)
-        p = tl.fma(r, 1.3888889e-3, 8.3333333e-3)
+        p = tl.fma(r, 1.9841270e-4, 1.3888889e-3)  # without r^7 / 5040 the series is off by up to 1.3e-7
+        p = tl.fma(p, r, 8.3333333e-3)
         p = tl.fma(p, r, 4.1666667e-2)
         p = tl.fma(p, r, 0.16666667)
         p = tl.fma(p, r, 0.5)
