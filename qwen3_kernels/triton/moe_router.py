@@ -20,6 +20,12 @@ def _kept(x, at, cols, inside):
     return tl.where(inside, value, float("nan"))
 
 
+@triton.jit
+def _total(e):
+    """Sum of each row, rounded once: all probabilities of a token share its error, which a sum of a few tokens' shows."""
+    return tl.sum(e.to(tl.float64), 1).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     logits, given, mask, weights, ids, lse, partial, N, stride, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
@@ -37,7 +43,7 @@ def _forward_kernel(
         x = tl.where(there[:, None] | (cols > 0), x, 0.0)  # rows past the end: finite
         peak = tl.max(x, 1)
         e = exp(x - peak[:, None], True)
-        total = tl.sum(e, 1)
+        total = _total(e)
         p = tl.div_rn(e, tl.broadcast_to(total[:, None], [ROWS, EP]))
         defined = total == total
         tl.store(lse + row, (peak.to(tl.float64) + tl.log(total.to(tl.float64))).to(tl.float32), mask=there)
@@ -81,7 +87,7 @@ def _backward_kernel(
     x = tl.load(logits + row[:, None] * stride + cols, mask=full, other=float("-inf")).to(tl.float32)
     x = tl.where(there[:, None] | (cols > 0), x, 0.0)
     e = exp(x - tl.max(x, 1)[:, None], True)
-    p = tl.div_rn(e, tl.broadcast_to(tl.sum(e, 1)[:, None], [ROWS, EP]))
+    p = tl.div_rn(e, tl.broadcast_to(_total(e)[:, None], [ROWS, EP]))
     dx = tl.zeros([ROWS, EP], tl.float32)
     dp = tl.zeros([ROWS, EP], tl.float32)
     if dprob_sum is not None:

@@ -50,7 +50,7 @@ def test_fresh_adapters_change_nothing(backend):
     inputs["up_b"].zero_()
     inputs["down_b"].zero_()
     base = {n: inputs[n] for n in ("x", "gate_up", "down", "ids", "weights")}
-    with dispatch.use(backend):
+    with dispatch.use(backend, "moe_experts"):
         torch.testing.assert_close(ours(**inputs), moe_experts(**base))
 
 
@@ -61,7 +61,7 @@ def test_registration_and_compile(backend):
     inputs = inputs_for(6, 32, 24, 4, 2, 8, torch.float32)
     if backend == "cuda":
         inputs = inputs_for(6, 32, 24, 4, 2, 8, torch.bfloat16)
-    with dispatch.use(backend):
+    with dispatch.use(backend, "moe_experts"):
         torch._dynamo.reset()
         eager = selfcheck.outputs_and_grads(ours, inputs)
         compiled = selfcheck.outputs_and_grads(torch.compile(ours, fullgraph=True, backend="aot_eager"), inputs)
