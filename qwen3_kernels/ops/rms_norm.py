@@ -36,13 +36,13 @@ def rms_norm(
         eps: added to the mean square before the root.
         residual: [..., H] like x. The sum ``h = x + residual`` is rounded to x's dtype, normalised and returned.
         exact: transformers' rounding order (cast to x's dtype before the weight multiply), in plain torch.
-        fork: return the pair (y, h) without a residual too. h is x then, to be used in its place: the kernel's backward adds
-            the gradients of both, where autograd would add them in a pass of its own (3·N·H·b of traffic).
+        fork: return the pair (y, h) without a residual too. h is x then, to be used in its place: the backward kernel
+            adds the gradients of both, where autograd would add them in a pass of its own (3·N·H·b more bytes).
 
     Returns:
         y [..., H] in x's dtype; with a residual or ``fork``, the pair (y, h).
 
-    Bytes moved (b per element): forward 2·N·H·b (4·N·H·b with residual), backward 3·N·H·b (4· with residual or fork).
+    Bytes moved (b per element): forward 2·N·H·b (4· with residual), backward 3·N·H·b (4· with residual or fork).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names the argument.

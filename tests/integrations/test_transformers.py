@@ -398,8 +398,9 @@ def lora(model, **changes):
 
 
 @pytest.mark.parametrize("when, saved", [
-    ("after", None), ("after", ["q_norm", "input_layernorm", "post_attention_layernorm", "lm_head"]), ("before", ["lm_head"]),
-], ids=["lora", "norms and head", "before"])
+    ("after", None), ("before", ["lm_head"]),
+    ("after", ["q_norm", "input_layernorm", "post_attention_layernorm", "lm_head"]),
+], ids=["lora", "before", "norms and head"])
 def test_peft(saved, when, calls):
     inputs = batch()
     plain_model = lora(make(), modules_to_save=saved)
@@ -519,7 +520,7 @@ def stream(model, inputs: dict) -> tuple[int, int, int]:
 
 
 def test_sums_of_the_stream_are_in_the_norms(monkeypatch):
-    """One sum a layer is left, its last; and nothing more is kept for the backward than where autograd does the sums."""
+    """One sum a layer is left, its last, and no more is kept for the backward than where autograd does the sums."""
     model, inputs = make(), batch()
     before = stream(model, inputs)[:2]
     apply(model)
