@@ -47,8 +47,8 @@ def _norm(original: Callable, family: Family) -> Callable:
 
 def _decoder_layer(original: Callable, family: Family) -> Callable:
     """The sum of attention's output and the residual stream goes with the norm that follows it; where the stream forks,
-    the sum of gradients goes with the backward of the norm there. Always put on the instance: the class's forward is the
-    one that checkpoints, and does so only where it is found on the class."""
+    the sum of gradients goes with the backward of the norm there. Always put on the instance: the class's forward is
+    the one that checkpoints, and does so only where it is found on the class."""
 
     def forward(self, hidden_states, *args, **kwargs):
         first, second = self.input_layernorm, self.post_attention_layernorm
