@@ -46,17 +46,20 @@ def _norm(original: Callable, family: Family) -> Callable:
 
 
 def _decoder_layer(original: Callable, family: Family) -> Callable:
-    """The sum of attention's output and the residual stream goes with the norm that follows it. Always put on the
-    instance: the class's forward is the one that checkpoints, and does so only where it is found on the class."""
+    """The sum of attention's output and the residual stream goes with the norm that follows it; where the stream forks,
+    the sum of gradients goes with the backward of the norm there. Always put on the instance: the class's forward is
+    the one that checkpoints, and does so only where it is found on the class."""
 
     def forward(self, hidden_states, *args, **kwargs):
-        norm = self.post_attention_layernorm
-        if args or self.gradient_checkpointing or not _bare(norm):
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        if args or self.gradient_checkpointing or not (_bare(first) and _bare(second)):
             return type(self).forward(self, hidden_states, *args, **kwargs)
-        x, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        weight = _weight(first, hidden_states)
+        x, hidden_states = rms_norm(hidden_states, weight, first.variance_epsilon, fork=True)
+        x, _ = self.self_attn(hidden_states=x, **kwargs)
         dtype = torch.promote_types(x.dtype, hidden_states.dtype)  # they differ under autocast
         x, hidden_states = x.to(dtype), hidden_states.to(dtype)
-        x, hidden_states = rms_norm(x, _weight(norm, x), norm.variance_epsilon, hidden_states)
+        x, hidden_states = rms_norm(x, _weight(second, x), second.variance_epsilon, hidden_states)
         x = self.mlp(x)
         return hidden_states + (x[0] if isinstance(x, tuple) else x)  # a tuple with the router's logits in 4.57
 
@@ -427,7 +430,8 @@ def apply(
     Args:
         model: patch the modules of this model, found by class whatever wraps them (PEFT, FSDP2, accelerate's hooks).
             None patches the classes, for models made later. To call it twice does no harm.
-        rms_norm: the norms, those of q and k included, and the residual sum before the second norm of a layer.
+        rms_norm: the norms, those of q and k included, and the residual sum before the second norm of a layer; in the
+            backward, the sums of gradients where the residual stream forks.
         qk_norm_rope: norm and rotation of q and k in one pass, with float32 angles.
         swiglu: the MLPs.
         linear_cross_entropy: head and loss in one, for training with labels: ``logits`` of the output is None then. A

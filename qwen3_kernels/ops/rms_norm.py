@@ -13,18 +13,20 @@ from ._check import floating, require, same_device, same_dtype
 
 
 def rms_norm_ref(
-    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None, *, exact: bool = False
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None, *, exact: bool = False,
+    fork: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Plain torch. ``exact`` casts down before the weight multiply, as transformers does; else one cast at the end."""
     h = x if residual is None else x + residual
     h32 = h if h.dtype == torch.float64 else h.float()
     normed = h32 * torch.rsqrt(h32.pow(2).mean(-1, keepdim=True) + eps)
     y = weight * normed.to(h.dtype) if exact else (normed * weight.to(h32.dtype)).to(h.dtype)
-    return y if residual is None else (y, h)
+    return (y, h) if fork or residual is not None else y
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None, *, exact: bool = False
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None, *, exact: bool = False,
+    fork: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Root-mean-square norm over the last dimension, with an optional fused residual add.
 
@@ -34,11 +36,13 @@ def rms_norm(
         eps: added to the mean square before the root.
         residual: [..., H] like x. The sum ``h = x + residual`` is rounded to x's dtype, normalised and returned.
         exact: transformers' rounding order (cast to x's dtype before the weight multiply), in plain torch.
+        fork: return the pair (y, h) without a residual too. h is x then, to be used in its place: the backward kernel
+            adds the gradients of both, where autograd would add them in a pass of its own (3·N·H·b more bytes).
 
     Returns:
-        y [..., H] in x's dtype; with a residual, the pair (y, h).
+        y [..., H] in x's dtype; with a residual or ``fork``, the pair (y, h).
 
-    Bytes moved (b per element): forward 2·N·H·b (4·N·H·b with residual), backward 3·N·H·b (4· with residual).
+    Bytes moved (b per element): forward 2·N·H·b (4· with residual), backward 3·N·H·b (4· with residual or fork).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names the argument.
@@ -53,10 +57,14 @@ def rms_norm(
         same_dtype("rms_norm", x, residual=residual)
     backend = "torch" if exact else dispatch.resolve("rms_norm", x.device.type, x.dtype)
     if backend == "torch" or x.numel() == 0:
-        return rms_norm_ref(x, weight, eps, residual, exact=exact)
+        return rms_norm_ref(x, weight, eps, residual, exact=exact, fork=fork)
+    if fork and residual is None and x.requires_grad:
+        return _Fork.apply(x, weight, eps, backend)
     shape = x.shape
     y, h, _ = _forward(x.reshape(-1, H), weight, None if residual is None else residual.reshape(-1, H), eps, backend)
-    return y.view(shape) if residual is None else (y.view(shape), h.view(shape))
+    if residual is not None:
+        return y.view(shape), h.view(shape)
+    return (y.view(shape), x) if fork else y.view(shape)
 
 
 @torch.library.custom_op("qwen3::rms_norm", mutates_args=())
@@ -107,3 +115,24 @@ def _autograd(ctx, dy, dh, _drstd):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _Fork(torch.autograd.Function):
+    """(y, x). Not in the op above, since an op of torch.library may not return its input."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, backend):
+        y, _, rstd = _forward(x.reshape(-1, x.shape[-1]), weight, None, eps, backend)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return y.view(x.shape), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        if dy is None:  # only the stream was used downstream
+            return dh, None, None, None
+        x, weight, rstd = ctx.saved_tensors
+        dy, dh, x_NH = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (dy, dh, x))
+        dx, dweight = _backward(dy, dh, x_NH, weight, rstd, ctx.backend)
+        return dx.view(x.shape), dweight, None, None

@@ -10,6 +10,13 @@ import pytest
 import torch
 import transformers
 from tiny_hf import V5, batch, check_error_rule, logits, losses, make, parametrize_dtype, parametrize_kind, step, wide
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
@@ -231,6 +238,22 @@ def test_hidden_states_are_returned():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_of_hidden_states():
+    """They leave the residual stream where it forks."""
+    model, inputs = make(), batch()
+
+    def gradients(model):
+        model.zero_grad()
+        hidden = model.model(input_ids=inputs["input_ids"], output_hidden_states=True).hidden_states
+        weights = torch.linspace(-1, 1, hidden[0].numel(), dtype=torch.float64).view_as(hidden[0])
+        sum((h.square() * weights.to(h.dtype)).sum() for h in hidden).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    truth, plain = gradients(wide(model)), gradients(model)
+    apply(model)
+    check_error_rule(gradients(model), plain, truth)
+
+
 def test_a_loss_of_ones_own_gets_its_logits(calls):
     model, inputs = make(), batch()
     apply(model)
@@ -375,8 +398,9 @@ def lora(model, **changes):
 
 
 @pytest.mark.parametrize("when, saved", [
-    ("after", None), ("after", ["q_norm", "post_attention_layernorm", "lm_head"]), ("before", ["lm_head"]),
-], ids=["lora", "norms and head", "before"])
+    ("after", None), ("before", ["lm_head"]),
+    ("after", ["q_norm", "input_layernorm", "post_attention_layernorm", "lm_head"]),
+], ids=["lora", "before", "norms and head"])
 def test_peft(saved, when, calls):
     inputs = batch()
     plain_model = lora(make(), modules_to_save=saved)
@@ -452,6 +476,65 @@ def test_revert_says_what_it_cannot_take_back():
     model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
     with pytest.warns(UserWarning, match="forward of Qwen3ForCausalLM was wrapped after apply"):
         revert()
+
+
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_hooks_of_a_norm_run(norm):
+    model, inputs, seen = make(), batch(), []
+    apply(model)
+    plain = step(model, inputs)
+    hook = getattr(model.model.layers[0], norm).register_forward_hook(lambda *_: seen.append(1))
+    got = step(model, inputs)
+    hook.remove()
+    assert len(seen) == 1
+    torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-5)
+
+
+# --- The residual stream.
+
+
+class Adds(TorchDispatchMode):
+    """How many sums of hidden states [2, 21, 64] run inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        sums = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+        self.count += func in sums and args[0].shape == (2, 21, 64)
+        return func(*args, **(kwargs or {}))
+
+
+def stream(model, inputs: dict) -> tuple[int, int, int]:
+    """Sums over the hidden states in the forward and in the backward, and the bytes kept between them."""
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with Adds() as forward, saved_tensors_hooks(keep, lambda t: t):
+        loss = model(**inputs).loss
+    with Adds() as backward:
+        loss.backward()
+    return forward.count, backward.count, sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def test_sums_of_the_stream_are_in_the_norms(monkeypatch):
+    """One sum a layer is left, its last, and no more is kept for the backward than where autograd does the sums."""
+    model, inputs = make(), batch()
+    before = stream(model, inputs)[:2]
+    apply(model)
+    forward, backward, kept = stream(model, inputs)
+    assert (forward, backward) == (2, 0)
+    norm = integration.rms_norm
+
+    def apart(x, *args, fork=False):
+        return (norm(x, *args), x) if fork else norm(x, *args)
+
+    monkeypatch.setattr(integration, "rms_norm", apart)
+    assert stream(model, inputs) == (2, 2, kept)
+    revert()
+    assert stream(model, inputs)[:2] == before and before[0] == 4 and before[1] > 4
 
 
 # --- Attention: cache, packed documents, masks.
@@ -591,6 +674,23 @@ def test_gradient_checkpointing_of_patched_classes(kind, calls):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(step(model, inputs), plain, rtol=1e-4, atol=1e-5)
     assert len(calls["qk_norm_rope"]) - before == 4, "each layer runs twice"
+
+
+@pytest.mark.parametrize("implementation", list(CheckpointImpl))
+def test_layers_checkpointed_from_outside(implementation, calls):
+    """As torch's own wrapper does it: the patched forward is what runs twice."""
+    model, inputs = make(), batch()
+    apply(model)
+    plain = step(model, inputs)
+    wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=implementation)
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=wrapper, check_fn=lambda m: isinstance(m, modeling_qwen3.Qwen3DecoderLayer)
+    )
+    calls.clear()
+    got = {n.replace("_checkpoint_wrapped_module.", ""): t for n, t in step(model, inputs).items()}
+    assert got.keys() == plain.keys() and [c.get("fork", False) for c in calls["rms_norm"]].count(True) == 4
+    for name, value in got.items():
+        assert torch.equal(value, plain[name]), name
 
 
 @pytest.mark.parametrize("kind, packing", [("dense", False), ("moe", True)], ids=["causal", "packed moe"])

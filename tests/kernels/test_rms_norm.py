@@ -2,6 +2,9 @@ import pytest
 import torch
 from common import DEVICE, backends, check_error_rule, check_registration, check_repeatable, parametrize_dtype, randn
 
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from qwen3_kernels import dispatch, rms_norm
 from qwen3_kernels.ops.rms_norm import rms_norm_ref
 
@@ -20,6 +23,13 @@ def inputs_for(shape, dtype, residual, weight_dtype=None, scale=1.0):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_rule(backend, dtype, residual, shape):
     check_error_rule(rms_norm, rms_norm_ref, backend, inputs_for(shape, dtype, residual))
+
+
+@parametrize_backend
+@parametrize_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_rule_of_a_fork(backend, dtype, shape):
+    check_error_rule(rms_norm, rms_norm_ref, backend, inputs_for(shape, dtype, False), fork=True)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("rms_norm") if b != "triton" or DEVICE == "cuda"])
@@ -73,6 +83,53 @@ def test_only_the_residual_stream_is_used(backend):
 
 
 @parametrize_backend
+@pytest.mark.parametrize("used", ["norm", "stream"])
+def test_one_branch_of_a_fork_is_used(backend, used):
+    inputs = {n: t.requires_grad_() for n, t in inputs_for((2, 3, 32), torch.float32, False).items()}
+    with dispatch.use(backend):
+        y, h = rms_norm(**inputs, fork=True)
+        alone = torch.autograd.grad(rms_norm(**inputs).square().sum(), inputs.values())
+        (y.square() if used == "norm" else h).sum().backward()
+    if used == "norm":
+        assert all(torch.equal(t.grad, g) for t, g in zip(inputs.values(), alone, strict=True))
+    else:
+        assert torch.equal(inputs["x"].grad, torch.ones(2, 3, 32, device=DEVICE)) and inputs["weight"].grad is None
+
+
+@parametrize_backend
+def test_a_fork_adds_in_the_kernel_and_keeps_its_input_once(backend):
+    class Adds(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_)
+            return func(*args, **(kwargs or {}))
+
+    def kept_and_added(function):
+        kept = {}
+        with dispatch.use(backend), saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+            y, h = function(x, weight)
+        assert h.data_ptr() == x.data_ptr()
+        with Adds() as adds:
+            torch.autograd.backward((y, h), (y.detach(), y.detach()))
+        return {t.shape for pointer, t in kept.items() if pointer not in (x.data_ptr(), weight.data_ptr())}, adds.count
+
+    x, weight = (t.requires_grad_() for t in inputs_for((5, 48), torch.float32, False).values())
+    assert kept_and_added(lambda x, weight: (rms_norm(x, weight), x)) == ({(5,)}, 1)
+    x.grad = weight.grad = None
+    assert kept_and_added(lambda x, weight: rms_norm(x, weight, fork=True)) == ({(5,)}, 0)
+
+
+@parametrize_backend
+def test_a_fork_of_a_constant(backend):
+    """The stream that goes on asks for no gradient that its source did not ask for."""
+    x, weight = randn(4, 32, dtype=torch.float32), randn(32, dtype=torch.float32).requires_grad_()
+    with dispatch.use(backend):
+        y, h = rms_norm(x, weight, fork=True)
+    assert y.requires_grad and not h.requires_grad and torch.equal(h, x)
+
+
+@parametrize_backend
 def test_strided_rows_are_read_in_place(backend):
     wide = randn(7, 200, dtype=torch.bfloat16)
     weight = randn(64, dtype=torch.bfloat16)
@@ -91,11 +148,11 @@ def test_does_not_touch_its_inputs(backend):
 
 
 @parametrize_backend
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-def test_registration_and_compile(backend, residual):
-    inputs = inputs_for((6, 40), torch.float32, residual)
+@pytest.mark.parametrize("form", ["plain", "residual", "fork"])
+def test_registration_and_compile(backend, form):
+    inputs = inputs_for((6, 40), torch.float32, form == "residual")
     args = (inputs["x"].requires_grad_(), inputs["weight"].requires_grad_(), inputs.get("residual"), 1e-6, backend)
-    check_registration(rms_norm, backend, torch.ops.qwen3.rms_norm.default, args, inputs)
+    check_registration(rms_norm, backend, torch.ops.qwen3.rms_norm.default, args, inputs, fork=form == "fork")
 
 
 @parametrize_backend
