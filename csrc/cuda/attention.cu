@@ -283,14 +283,12 @@ template <bool CAUSAL> void launch(const Attention& a, cudaStream_t stream) {
   const int64_t blocks = (a.length + kQueries - 1) / kQueries;
   const int64_t tiles = (a.cu_seqlens ? a.length / kQueries + a.sequences : blocks * a.sequences) * a.q_heads;
   if (tiles > INT32_MAX) throw std::invalid_argument("attention: more than 2^31 tiles of 128 queries and a head");
-  // Up to 4,096 tokens, CTAs that stay, and sections: 632 against 624 TFLOP/s (B4 T4096 h32/8), 487 against 420 (B16 T1024).
-  // Beyond, a CTA per tile, dealt by the hardware to whichever multiprocessor is free: 679 against 633 at T16384.
-  const bool stay = a.cu_seqlens || a.length <= 4096;
+  // CTAs that stay: 633 against 565 TFLOP/s of a CTA per tile at B4 T4096 h32/8, 624 against 616 at T16384, 470 against 375 at
+  // B16 T1024. How much of L2 a section may take (16 to 48 MB) makes less than 1 %.
   const int64_t all_heads = a.sequences * a.q_heads, k_heads = std::max<int64_t>(kCacheBytes / (a.length * 4 * kWidth), 1);
-  const int64_t section = stay ? std::min(k_heads * (a.q_heads / a.k_heads), all_heads) : all_heads;
+  const int64_t section = std::min(k_heads * (a.q_heads / a.k_heads), all_heads);
   const CUtensorMap q = heads_map(a, a.q, a.q_heads), k = heads_map(a, a.k, a.k_heads), v = heads_map(a, a.v, a.k_heads);
-  const int64_t ctas = stay ? std::min<int64_t>(tiles, sms) : tiles;
-  forward_kernel<CAUSAL><<<unsigned(ctas), kThreads, kShared, stream>>>(q, k, v, a, int(tiles), int(section));
+  forward_kernel<CAUSAL><<<unsigned(std::min<int64_t>(tiles, sms)), kThreads, kShared, stream>>>(q, k, v, a, int(tiles), int(section));
   check(cudaGetLastError());
 }
 

@@ -21,9 +21,14 @@ def _kept(x, at, cols, inside):
 
 
 @triton.jit
-def _total(e):
-    """Sum of each row, rounded once: all probabilities of a token share its error, which a sum of a few tokens' shows."""
-    return tl.sum(e.to(tl.float64), 1).to(tl.float32)
+def _normalised(e):
+    """(e over its row's sum, that sum in float64). All probabilities of a token would share the sum's rounding, which shows
+    in a few tokens' sums of them; so its reciprocal is two numbers."""
+    total = tl.sum(e.to(tl.float64), 1)
+    inverse = 1.0 / total
+    high = inverse.to(tl.float32)
+    low = (inverse - high.to(tl.float64)).to(tl.float32)
+    return tl.fma(e, tl.broadcast_to(high[:, None], e.shape), e * low[:, None]), total
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -43,10 +48,9 @@ def _forward_kernel(
         x = tl.where(there[:, None] | (cols > 0), x, 0.0)  # rows past the end: finite
         peak = tl.max(x, 1)
         e = exp(x - peak[:, None], True)
-        total = _total(e)
-        p = tl.div_rn(e, tl.broadcast_to(total[:, None], [ROWS, EP]))
+        p, total = _normalised(e)
         defined = total == total
-        tl.store(lse + row, (peak.to(tl.float64) + tl.log(total.to(tl.float64))).to(tl.float32), mask=there)
+        tl.store(lse + row, (peak.to(tl.float64) + tl.log(total)).to(tl.float32), mask=there)
         if partial is not None:
             share = p
             if mask is not None:
@@ -87,7 +91,7 @@ def _backward_kernel(
     x = tl.load(logits + row[:, None] * stride + cols, mask=full, other=float("-inf")).to(tl.float32)
     x = tl.where(there[:, None] | (cols > 0), x, 0.0)
     e = exp(x - tl.max(x, 1)[:, None], True)
-    p = tl.div_rn(e, tl.broadcast_to(_total(e)[:, None], [ROWS, EP]))
+    p, _ = _normalised(e)
     dx = tl.zeros([ROWS, EP], tl.float32)
     dp = tl.zeros([ROWS, EP], tl.float32)
     if dprob_sum is not None:

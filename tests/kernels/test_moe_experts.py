@@ -33,7 +33,7 @@ def skip_unless_supported(backend, dtype):
 
 
 def check(backend, draws) -> None:
-    ratios = pooled_ratios(moe_experts, moe_experts_ref, backend, draws)
+    ratios = pooled_ratios(moe_experts, moe_experts_ref, backend, "moe_experts", draws)
     assert max(ratios) <= selfcheck.LIMIT, f"{backend}: errors {ratios} times those of plain torch"
 
 

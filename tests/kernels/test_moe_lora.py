@@ -38,7 +38,8 @@ def test_error_rule(backend, dtype, shape):
     """Against merged weights."""
     if backend != "torch" and dispatch.unavailable("moe_experts", backend, DEVICE, dtype):
         pytest.skip(f"{backend}: no {dtype}")
-    ratios = pooled_ratios(ours, ref, backend, [inputs_for(*shape, dtype) for _ in range(pick(backend, 24, 2))])
+    draws = [inputs_for(*shape, dtype) for _ in range(pick(backend, 24, 2))]
+    ratios = pooled_ratios(ours, ref, backend, "moe_experts", draws)
     assert len(ratios) == 1 + 6
     assert max(ratios) <= selfcheck.LIMIT, ratios
 
@@ -46,7 +47,7 @@ def test_error_rule(backend, dtype, shape):
 @pytest.mark.parametrize("backend", BACKENDS[:-1] if len(BACKENDS) > 2 else BACKENDS)
 def test_fresh_adapters_change_nothing(backend):
     """B is zero at the start."""
-    inputs = inputs_for(12, 32, 24, 4, 2, 8, torch.float32)
+    inputs = inputs_for(12, 32, 24, 4, 2, 8, torch.bfloat16 if backend == "cuda" else torch.float32)
     inputs["up_b"].zero_()
     inputs["down_b"].zero_()
     base = {n: inputs[n] for n in ("x", "gate_up", "down", "ids", "weights")}
