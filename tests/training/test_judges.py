@@ -154,3 +154,5 @@ def test_a_local_reward_model(tokenizer):
         judge.lm_head.weight[[yes, no]] = judge.lm_head.weight[[no, yes]]
     assert 0 < first < 1 and first != other and abs(first - 0.5) > 1e-3
     assert family.scores([(problem, reply("kind"))])[0] == pytest.approx(1 - first, abs=1e-6)
+    judge.head = lambda hidden: torch.eye(len(judge.head_weight))[yes]
+    assert LocalModel(judge, tokenizer).scalar([*problem.messages, {"role": "assistant", "content": "kind"}]) == 1.0

@@ -107,16 +107,19 @@ def test_adapters_are_sampled_with_and_learn(config, ungated, model_folder):
     assert not before[name].equal(after[name]) and (folder / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_experts_are_replayed_in_a_run(config, ungated, tokenizer, tmp_path):
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_experts_are_replayed_in_a_run(config, ungated, tokenizer, tmp_path, lora_rank):
     from tiny_chat import MOE, small
 
     from qwen3_model.model import Qwen3
 
     load.save(Qwen3(small(**MOE)).init_weights(0), tmp_path / "mixture")
     tokenizer.save(tmp_path / "mixture" / "tokenizer.json")
-    cfg = config(start=tmp_path / "mixture", steps=2)
-    reinforce(cfg, families={"chain": Length()}, quiet=True)
+    cfg = config(start=tmp_path / "mixture", steps=3, lr=1e-2, lora_rank=lora_rank)
+    folder = reinforce(cfg, families={"chain": Length()}, quiet=True)
     assert all(r["max_gap"] < 1e-4 for r in read_metrics(cfg.out) if r["kind"] == "train")
+    before, after = (load.load(f).state_dict() for f in (tmp_path / "mixture", folder))
+    assert all(not before[k].equal(after[k]) for k in before if "experts" in k), "they learn"
 
 
 def test_all_general_families_can_be_played(tokenizer):

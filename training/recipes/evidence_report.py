@@ -294,6 +294,11 @@ def pretraining(found: Mapping[str, Mapping[str, Results]]) -> Iterator[str]:
     head = ("", "parameters", "active", "row", "tokens", "passes, at most", "loss before", "loss after",
             *(n.removeprefix("domain=") for n in names), "skipped steps")
     yield from table(head, rows)
+    by_language = {f"{model}, {stage.upper()}": r["held_out"] for model, results in found.items() for stage, r in pre(results).items()}
+    languages = sorted({k for held_out in by_language.values() for k in held_out if k.startswith("language=")})
+    yield "By language (zxx: code, und: not sure which):"
+    yield from table(("", *by_language), [
+        (k.removeprefix("language="), *(f"{h[k]:.3f}" if k in h else None for h in by_language.values())) for k in languages])
     yield ("Losses are nats per token, of held-out documents in rows of the stage's length, after the stage where not said "
            "otherwise. Skipped steps are the spike guard's.")
     yield ""
