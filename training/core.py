@@ -23,7 +23,7 @@ from qwen3_model.model import Qwen3
 from qwen3_model.recompute import POLICIES
 from qwen3_model.tokenizer import Tokenizer
 
-from . import checkpoint, environment, lora
+from . import checkpoint, environment, lora, report
 from .config import DTYPES, Config, require, to_json
 from .files import write_json
 from .log import Log
@@ -165,7 +165,8 @@ def train(
     config: TrainConfig, step_fn: Callable[[Run, int], dict[str, float]], *, data: dict[str, Any] | None = None,
     begin: Callable[[Run], None] | None = None, quiet: bool = False,
 ) -> Path:
-    """Runs or resumes a stage and returns the folder of the finished model, ``out/model``.
+    """Runs or resumes a stage and returns the folder of the finished model, ``out/model``, beside which there are then
+    run.json, metrics.jsonl, TensorBoard's files and report.html.
 
     Args:
         step_fn: does step n (from 0) and returns its metrics. begin: called once before the first step of a new run.
@@ -216,6 +217,7 @@ def train(
             shutil.rmtree(tmp, ignore_errors=True)
             run.save_model(tmp)
             shutil.rmtree(final, ignore_errors=True)
+            report.of_run(config.out, f"{type(config).__name__.removesuffix('Config')}: {config.out.name}")
             tmp.rename(final)
     return final
 

@@ -29,6 +29,7 @@ _GUESS = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
+_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,20 @@ def repetition(text: str, n: int = 6) -> float:
 
 
 def consistent(thinking: str, answer: str) -> bool:
-    """Whether the last number of the answer is one of the last three of the thinking; for an answer without numbers,
-    whether it has a word of five letters or more in common with the thinking. Short answers pass."""
-    numbers = _NUMBER.findall(answer)
+    """Whether the last number of the answer is one of the last three of the thinking, of a fraction both parts among the last
+    four; for an answer without numbers, whether it has a word of five letters or more in common with the thinking. Short
+    answers pass."""
+    numbers = _numbers(answer)
     if numbers:
-        reached = _NUMBER.findall(thinking)
-        return not reached or numbers[-1] in reached[-3:]
+        reached, last = [part for n in _numbers(thinking) for part in n.split("/")], numbers[-1].split("/")
+        return not reached or set(last) <= set(reached[-2 - len(last) :])
     words = set(re.findall(r"\w{5,}", answer.lower()))
     return not words or bool(words & set(re.findall(r"\w{5,}", thinking.lower())))
+
+
+def _numbers(text: str) -> list[str]:
+    """With a sign that stands apart from its number ("2 - 5i"), and fractions of LaTeX as a/b."""
+    return _NUMBER.findall(_FRACTION.sub(r"\1/\2", text).replace("- ", "-"))
 
 
 def scripts(text: str) -> Counter:

@@ -29,7 +29,7 @@ from qwen3_model import rope
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
 
-from . import checkpoint, environment, memory
+from . import checkpoint, environment, memory, report
 from .config import DTYPES, FREE, Config, to_json
 from .data.mixture import data_sets, describe, open_loader
 from .data.packing import IGNORE, Batch, Loader, evaluation_batches
@@ -160,6 +160,7 @@ def train(
                     final = saver.save(step + 1, model, optimizer, run)
                 if not pending:
                     clock, seen = time.perf_counter(), 0
+        report.of_run(config.out, f"Pre-training: {config.out.name}")
     return final
 
 

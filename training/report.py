@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from .log import read_metrics
+
 Point = tuple[float, float]
+FILE = "report.html"
 
 _STYLE = """
 :root { --ink: #1d2433; --dim: #667085; --line: #e3e7ee; --paper: #ffffff; }
@@ -27,6 +31,29 @@ svg .grid { stroke: var(--line); } svg text.dim { fill: var(--dim); }
 .wide { overflow-x: auto; }
 """
 _COLOURS = ("#2e7cf6", "#e8590c", "#2f9e44", "#9c36b5", "#c92a2a")
+
+
+def of_run(out: Path, title: str) -> Path:
+    """``report.html`` of a training run's folder: a curve of every metric that changes, first and last value of all, config
+    and environment."""
+    found: dict[str, dict[str, list[Point]]] = {}
+    for record in read_metrics(out):
+        for name, value in record.items():
+            if name not in ("kind", "step"):
+                found.setdefault(name, {}).setdefault(record["kind"], []).append((record["step"], value))
+    sections, rows = [], []
+    for name, kinds in found.items():
+        values = [v for points in kinds.values() for _, v in points if math.isfinite(v)]
+        if len(set(values)) > 1 and "=" not in name:  # domain=code and the like: many, and in the table
+            sections.append((name, chart({k: p[:: 1 + len(p) // 1000] for k, p in kinds.items()}, x="step", y=name)))
+        rows += [(name, kind, *(f"{v:.6g}" for v in (points[0][1], points[-1][1])), len(points)) for kind, points in kinds.items()]
+    sections.append(("All metrics", table(("metric", "of", "first", "last", "records"), rows)))
+    run = json.loads((out / "run.json").read_text())
+    for part in ("config", "environment"):
+        sections.append((part.capitalize(), table(("", ""), [(k, v) for k, v in run[part].items()])))
+    lead = f"{run['config']['steps']} steps on {run['environment']['device']}"
+    write(out / FILE, page(title, lead, sections))
+    return out / FILE
 
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:

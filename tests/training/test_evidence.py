@@ -2,8 +2,11 @@
 
 import json
 import random
+import re
+import shutil
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from training.data import shards
 from training.data.cells import Cell
 from training.environment import file_sha256
 from training.files import write_json
-from training.recipes import evidence, evidence_data, evidence_pack, evidence_report
+from training.filters import Candidate, query_reason, response_reason
+from training.recipes import evidence, evidence_bench, evidence_data, evidence_pack, evidence_report
 from training.recipes.evidence import Evidence
 from training.recipes.worked import solution
 from training.rewards import Reply, find, reserved
@@ -43,6 +47,18 @@ def test_worked_solutions_are_right(pool):
         assert all(score == 1.0 for score in family.scores(pairs)), name
         solved += bool(pairs)
     assert solved >= 24
+
+
+def test_worked_solutions_pass_the_filters(pool):
+    """Of every family with solutions most do, else the cold start would lack it. Syllogisms number their premises, which the
+    filter of queries takes for several questions."""
+    for name, family in make(evidence_bench.FAMILIES, pool).items():
+        problems = [find(family, 7919 * seed, 0) for seed in range(16)]
+        solved = [(p.messages[-1]["content"], turns) for p in problems if len(turns := solution(p) or ()) == 1]
+        if name.removesuffix(NO_THINK) not in ("instructions", "gym/syllogism") and solved and not name.endswith(NO_THINK):
+            kept = [query_reason(q) or response_reason(Candidate(q, t["reasoning_content"], t["content"], True), min_thinking=4)
+                    for q, [t] in solved]
+            assert kept.count(None) > len(kept) / 2, (name, kept)
 
 
 def test_a_wrong_solution_is_not_right(pool):
@@ -133,6 +149,49 @@ def small_data(folder):
         for name in ("shards", "tokenizer.json"):
             tar.add(folder / name, name)
     return folder / "data.tar.xz"
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3" / "evidence"
+
+
+def test_the_page_shows_the_committed_results(tmp_path):
+    evidence.run(Evidence(RESULTS, report=tmp_path / "RECIPE.md"), quiet=True)
+    assert (tmp_path / "RECIPE.md").read_text() == (ROOT / "docs" / "RECIPE.md").read_text(), (
+        f"stale: python -m training.recipes.evidence --out {RESULTS.relative_to(ROOT)} --report docs/RECIPE.md")
+    for name in re.findall(r"\]\((.*\.png)\)", (tmp_path / "RECIPE.md").read_text()):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG" and (ROOT / "docs" / name).stat().st_size < 150_000
+
+
+def test_the_page_says_what_does_not_hold(tmp_path):
+    """The sentences follow the results: those of a copy in which all went wrong say so."""
+    def page():
+        evidence.run(Evidence(tmp_path, report=tmp_path / "RECIPE.md"), quiet=True)
+        return (tmp_path / "RECIPE.md").read_text()
+
+    def change(name, edit):
+        file = tmp_path / f"{name}.json"
+        found = json.loads(file.read_text())
+        edit(found)
+        file.write_text(json.dumps(found))
+
+    shutil.copytree(RESULTS, tmp_path, dirs_exist_ok=True)
+    good = page()
+    assert "student is ahead of RL" in good and "not fall" not in good and "said right in up to 0.0 %" in good
+    assert "general RL gains" in good and "fusion costs" in good
+    change("dense/s2", lambda r: r["held_out"].update(loss=9.5))
+    change("dense/s3", lambda r: r["probes"]["s3"]["needle"][0].update(accuracy=2 / 3))
+    change("dense/distill", lambda r: [m.update(reward=0.0) for m in r["on_policy"]["measured"].values()])
+    change("dense/general", lambda r: [m.update(reward=0.0) for m in r["think"].values()])
+    change("dense/general", lambda r: r["budget"]["curve"][-1].update(reward=0.0))
+    bad = page()
+    assert "Pre-training, dense: the held-out loss does not fall in S2." in bad and "falls in S1 9.418 to 1.928, S3" in bad
+    assert "student is not ahead of RL" in bad and "distillation (0.0) is not ahead of RL" in bad and "up to 66.7 %" in bad
+    assert "general RL costs 46.3 points" in bad and "largest fall on the way is 51.1 points" in bad
+    assert "gym/chain_sum" in bad.split("Never learnt")[1].splitlines()[0]
+    (tmp_path / "dense" / "control.json").unlink()
+    shutil.rmtree(tmp_path / "moe")
+    assert "Without a cold start" not in page() and "moe" not in page().split("## Pre-training")[1].split("Not by the first")[0]
 
 
 @pytest.mark.slow

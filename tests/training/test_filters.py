@@ -56,6 +56,9 @@ def test_repetition():
 
 def test_consistency():
     assert consistent("so it is 132", "132") and not consistent("so it is 131", "132")
+    assert consistent("15 - 121 = -106; x = -106/77", r"\boxed{\frac{-106}{77}}") and not consistent("x = 106/77", r"\frac{-106}{77}")
+    assert consistent("1454 / 2 = 727; 1504 / 2 = 752", "$727/752$") and not consistent("1454 / 2 = 726; 1504 / 2 = 752", "$727/752$")
+    assert consistent("-3.0 - 9.0 = -12.0; -5.0 - 0.0 = -5.0", "-12.0 - 5.0i") and not consistent("0.0 + 5.0 = 5.0", "-12.0 - 5.0i")
     assert consistent("the capital must be Paris then", "Paris") and not consistent("it must be London then", "Paris")
 
 

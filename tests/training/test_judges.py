@@ -5,8 +5,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from tiny_chat import model, tokenizer, vocabulary  # noqa: F401
+import torch
+from tiny_chat import model, small, tokenizer, vocabulary  # noqa: F401
 
+from qwen3_model.model import Qwen3
 from training import endpoint as endpoint_module
 from training.endpoint import Endpoint
 from training.rewards import Reply
@@ -139,3 +141,18 @@ def test_a_local_model_is_asked_the_same_way(model, tokenizer):
     assert family.scores([(family.problem(0, 0), reply("a"))]) == [0.4]
     with pytest.raises(ValueError, match="items is empty"):
         WithReference([], ask)
+
+
+def test_a_local_reward_model(tokenizer):
+    """Yes and no change places in the head, so the reward turns round; the reply is part of what is asked."""
+    judge = Qwen3(small(tie_word_embeddings=False, max_position_embeddings=512)).init_weights(0)
+    family = RewardModel(["Hello?"], LocalModel(judge, tokenizer).scalar, workers=1)
+    problem = family.problem(0, 0)
+    first, other = family.scores([(problem, reply("kind")), (problem, reply("rude"))])
+    yes, no = (tokenizer.encode(word)[0] for word in ("yes", "no"))
+    with torch.no_grad():
+        judge.lm_head.weight[[yes, no]] = judge.lm_head.weight[[no, yes]]
+    assert 0 < first < 1 and first != other and abs(first - 0.5) > 1e-3
+    assert family.scores([(problem, reply("kind"))])[0] == pytest.approx(1 - first, abs=1e-6)
+    judge.head = lambda hidden: torch.eye(len(judge.head_weight))[yes]
+    assert LocalModel(judge, tokenizer).scalar([*problem.messages, {"role": "assistant", "content": "kind"}]) == 1.0

@@ -22,8 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 # An untrained model writes no think blocks; here every reply counts, and those with an "a" are good.
 OWN = '''
-from training import rl
+import sys
+
 from training.rewards import Problem, SingleTurn
+
+rl = sys.modules["__main__"]  # python -m training.rl
 
 rl.format_gate = lambda ids, **_: 1.0
 real = rl._continues

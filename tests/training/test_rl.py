@@ -107,16 +107,19 @@ def test_adapters_are_sampled_with_and_learn(config, ungated, model_folder):
     assert not before[name].equal(after[name]) and (folder / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_experts_are_replayed_in_a_run(config, ungated, tokenizer, tmp_path):
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_experts_are_replayed_in_a_run(config, ungated, tokenizer, tmp_path, lora_rank):
     from tiny_chat import MOE, small
 
     from qwen3_model.model import Qwen3
 
     load.save(Qwen3(small(**MOE)).init_weights(0), tmp_path / "mixture")
     tokenizer.save(tmp_path / "mixture" / "tokenizer.json")
-    cfg = config(start=tmp_path / "mixture", steps=2)
-    reinforce(cfg, families={"chain": Length()}, quiet=True)
+    cfg = config(start=tmp_path / "mixture", steps=3, lr=1e-2, lora_rank=lora_rank)
+    folder = reinforce(cfg, families={"chain": Length()}, quiet=True)
     assert all(r["max_gap"] < 1e-4 for r in read_metrics(cfg.out) if r["kind"] == "train")
+    before, after = (load.load(f).state_dict() for f in (tmp_path / "mixture", folder))
+    assert all(not before[k].equal(after[k]) for k in before if "experts" in k), "they learn"
 
 
 def test_all_general_families_can_be_played(tokenizer):
@@ -431,6 +434,42 @@ def test_a_family_of_ones_own_by_its_path(config, ungated, tmp_path, monkeypatch
         reinforce(config("half", families=("own_rewards:Half",)), quiet=True)
 
 
+JUDGES = '''
+from training.rewards.judges import RewardModel, WithReference
+
+ITEMS, asked = [(f"Capital of number {i}?", str(i)) for i in range(99)], {"judge": 0, "model": 0}
+
+def ask(prompt):
+    asked["judge"] += 1
+    return f"Grade: {len(prompt) % 2 * 10}"
+
+def scalar(messages):
+    asked["model"] += 1
+    return len(messages[-1]["content"]) - 6.0
+
+def judge(pool):
+    return WithReference(ITEMS, ask, workers=2)
+
+def reward_model(pool):
+    return RewardModel([query for query, _ in ITEMS], scalar, workers=2)
+'''
+
+
+def test_a_run_over_all_three_kinds_of_reward(config, ungated, tmp_path, monkeypatch):
+    """By rule, by a judge with a reference, by a reward model, all named in the config."""
+    (tmp_path / "judging.py").write_text(JUDGES)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("chain", "judging:judge", "judging:reward_model")
+    cfg = config(families=names, steps=1, groups=12, eval_every=1, eval_problems=3, probe_groups=1)
+    reinforce(cfg, quiet=True)
+    import judging
+
+    (held,) = [r for r in read_metrics(cfg.out) if r["kind"] == "eval"]
+    (record,) = [r for r in read_metrics(cfg.out) if r["kind"] == "train"]
+    assert {f"{name}/reward" for name in names} <= held.keys() and 0 < held["judging:reward_model/reward"] < 1
+    assert record["kept_groups"] > 0.3 and min(judging.asked.values()) > 3
+
+
 HANGING = '''
 import time
 from training.rewards import Problem, SingleTurn
@@ -493,6 +532,12 @@ def test_distillation_draws_the_student_to_the_teacher(config, tmp_path, tokeniz
     distill(cfg, families={"chain": Length()}, quiet=True)
     kl = [r["kl"] for r in read_metrics(cfg.out) if r["kind"] == "train"]
     assert kl[-1] < 0.6 * kl[0] and kl[-1] > 0
+
+    changes = {"out": tmp_path / "adapters", "lora_rank": 4, "lora_alpha": 16.0, "steps": 12}
+    adapters = DistillConfig(teacher=tmp_path / "teacher", **(base | changes))
+    folder = distill(adapters, families={"chain": Length()}, quiet=True)
+    kl = [r["kl"] for r in read_metrics(adapters.out) if r["kind"] == "train"]
+    assert kl[-1] < 0.9 * kl[0] and (folder / "adapter" / "adapter_model.safetensors").exists()
 
     load.save(Qwen3(small(hidden_size=48, num_hidden_layers=1)).init_weights(8), tmp_path / "teacher")
     with pytest.raises(ValueError, match="belongs to another run .data.teacher"):

@@ -132,7 +132,7 @@ def test_training_lowers_the_loss_and_writes_what_runs_write(config):
     assert records[-1]["loss"] < 0.8 * records[0]["loss"] and records[0]["entropy"] > 0
     run = json.loads((cfg.out / "run.json").read_text())
     assert run["config"]["lr"] == 3e-3 and "torch" in run["environment"] and len(run["data"]["sha256"]) == 64
-    assert (cfg.out / "tensorboard").is_dir() and (folder / "tokenizer.json").exists()
+    assert (cfg.out / "tensorboard").is_dir() and "<svg" in (cfg.out / "report.html").read_text() and (folder / "tokenizer.json").exists()
     assert load.load(folder).config.vocab_size == 307
 
 

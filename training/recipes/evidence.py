@@ -213,7 +213,7 @@ class Course:
         model_config = replace(base, max_position_embeddings=positions, rope_theta=s.rope_theta)
         model, optimizer = set_up(config, model_config, None)
         loader = open_loader(config.data, seq_len=config.seq_len, rows=config.rows, seed=0)
-        loss_fn = stages.moe_loss if model_config.num_experts else next_token_loss
+        loss_fn = stages.MoELoss() if model_config.num_experts else next_token_loss
         batches = [loader.batch(i) for i in range(steps)]
         times = []
         for batch in batches:

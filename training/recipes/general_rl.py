@@ -2,7 +2,7 @@
 
 Instruction following, format following (flags and think blocks, by the gate on every reply), tool use over several turns,
 answers from passages, reasoning; rewards by rule, by a model with a reference, by a reward model. The last two need an
-endpoint or a local model, and queries: `rewards.judges`, given to `rl.reinforce` as ``families``.
+endpoint or a local model, and queries: what makes them of `rewards.judges` is named as ``module:attribute`` in ``families``.
 """
 
 from __future__ import annotations

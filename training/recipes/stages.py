@@ -11,7 +11,6 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from qwen3_kernels import linear_cross_entropy
 from qwen3_model import load
+from qwen3_model.balance import GlobalCounts, balance_loss, expert_counts
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
-from qwen3_model.moe import load_balancing_loss
 from qwen3_model.tokenizer import Tokenizer
 
 from .. import probes
@@ -34,7 +33,7 @@ from ..data.shards import TokenShards
 from ..environment import file_sha256, weights_sha256
 from ..evaluation import HeldOut
 from ..files import check_settings, write_json
-from ..pretrain import LossFn, train
+from ..pretrain import train
 from .export import export
 
 
@@ -164,16 +163,23 @@ def mixture(stage: Stage, paths: Paths, max_epochs: float) -> tuple[Mixture, dic
     return Mixture(parts), {"domains": domains, "parts": len(parts), "passes": passes, "absent": absent}
 
 
-def moe_loss(model: Qwen3, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
-    """Next-token loss and the experts' balancing loss, summed over the kept labels. The balance is that of the batch it
-    is given, so it is the global batch's only where a step is one micro-step on one device."""
-    hidden, router_logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens, return_hidden=True, return_router_logits=True)
-    nats = linear_cross_entropy(
-        hidden, model.head_weight, batch.labels, ignore_index=IGNORE, reduction="sum", z_loss=z_loss
-    )
-    c = model.config
-    balance = load_balancing_loss(router_logits, c.num_experts, c.num_experts_per_tok)
-    return nats + c.router_aux_loss_coef * balance * (batch.labels != IGNORE).sum()
+class MoELoss:
+    """Next-token loss and the experts' balancing loss of each layer over the global batch (`qwen3_model.balance`), summed over
+    the kept labels. A step is ``micros`` calls; each counts the tokens of those before it and of all processes."""
+
+    def __init__(self, micros: int = 1, z_loss: float = 0.0):
+        self.micros, self.z_loss, self._counts, self._calls = micros, z_loss, GlobalCounts(), 0
+
+    def __call__(self, model: Qwen3, batch: Batch) -> Tensor:
+        if self._calls % self.micros == 0:
+            self._counts.reset()
+        self._calls += 1
+        hidden, routing = model(batch.tokens, cu_seqlens=batch.cu_seqlens, return_hidden=True, return_routing=True)
+        nats = linear_cross_entropy(
+            hidden, model.head_weight, batch.labels, ignore_index=IGNORE, reduction="sum", z_loss=self.z_loss
+        )
+        balance = balance_loss(routing, self._counts.add(expert_counts(routing)))
+        return nats + model.config.router_aux_loss_coef * balance * (batch.labels != IGNORE).sum()
 
 
 def config_of(stage: Stage, scale: Scale, paths: Paths, *, seed: int, device: str) -> Config:
@@ -203,14 +209,10 @@ def settings_of(stage: Stage, scale: Scale, paths: Paths, seed: int) -> dict[str
 
 
 def run(
-    stage: Stage, scale: Scale, paths: Paths, *, seed: int = 0, device: str = "auto", loss_fn: LossFn | None = None,
-    quiet: bool = False,
+    stage: Stage, scale: Scale, paths: Paths, *, seed: int = 0, device: str = "auto", quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs or resumes a stage and returns what ``result.json`` holds. Raises ValueError when that is of another stage,
-    scale, seed, init, factors or data.
-
-    ``loss_fn``: for experts over several micro-steps or devices, where the balance is of the global batch.
-    """
+    scale, seed, init, factors or data."""
     done, settings = paths.out / "result.json", settings_of(stage, scale, paths, seed)
     if done.exists():
         check_settings(done, settings)
@@ -223,12 +225,7 @@ def run(
     positions = max(base.max_position_embeddings, stage.seq_len)
     model_config = replace(base, rope_theta=stage.rope_theta, max_position_embeddings=positions)
     config = config_of(stage, scale, paths, seed=seed, device=device)
-    if model_config.num_experts and loss_fn is None:
-        if config.micros > 1:
-            raise ValueError(
-                f"a model with experts in {config.micros} micro-steps needs a loss_fn that balances the global batch"
-            )
-        loss_fn = partial(moe_loss, z_loss=config.z_loss)
+    loss_fn = MoELoss(config.micros, config.z_loss) if model_config.num_experts else None
     mixed, record = mixture(stage, paths, scale.max_epochs)
     mixed.write(config.data)
     console = Console(quiet=quiet, highlight=False, soft_wrap=True)

@@ -197,7 +197,7 @@ def base_conversion(d: Data) -> str:
         n = int(digit, 36)
         steps.append(f"{value} * {m['source_base']} + {n} = {value * m['source_base'] + n}")
         value = value * m["source_base"] + n
-    return "; ".join([*steps, *divisions(value, m["target_base"])])
+    return "; ".join([*steps, *divisions(value, m["target_base"]), d["answer"]])
 
 
 def divisions(value: int, base: int) -> list[str]:

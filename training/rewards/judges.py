@@ -1,10 +1,10 @@
 """Rewards by a model: with a reference answer, or a reward model's scalar; through an `endpoint.Endpoint` (its ``chat``, best
-at temperature 0, or ``scalar``) or a local model."""
+at temperature 0, or ``scalar``) or a `LocalModel`, which is called or has ``scalar``."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,10 @@ REFERENCE = (
     "Compare a response with the reference answer to the same query. Do they agree in substance?\n\n"
     "Query:\n{query}\n\nReference:\n{reference}\n\nResponse:\n{response}\n\n"
     "Reply with a grade from 0 (wrong) to 10 (agrees in full), as: Grade: <number>"
+)
+GOOD = (
+    "Below are a query and a response to it. Is the response good?\n\nQuery:\n{query}\n\nResponse:\n{response}\n\n"
+    "Reply with yes or no alone."
 )
 AGAIN = "\n\nEnd your reply with a line of this form, with a number from 0 to 10 in it: Grade: <number>"
 _GRADE = re.compile(r"grade(?:\s+is)?\W{0,4}(\d+(?:\.\d+)?)", re.IGNORECASE)
@@ -40,6 +44,22 @@ class LocalModel:
         reply = chat(self._model, self._tokenizer, messages, enable_thinking=None if self._thinking else False,
                      params=SamplingParams(temperature=0.0, max_tokens=self._max_tokens))
         return reply.parsed.content
+
+    def scalar(self, messages: Sequence[Mapping[str, Any]]) -> float:
+        """For `RewardModel`: the log-odds of yes over no as its first word when asked whether the last reply is good."""
+        import torch
+
+        from qwen3_model.chat import encode_chat
+
+        *before, reply = messages
+        prompt = GOOD.format(query=before[-1]["content"], response=reply["content"])
+        tokens = encode_chat(self._tokenizer, [{"role": "user", "content": prompt}], enable_thinking=False)
+        device = self._model.head_weight.device
+        with torch.no_grad():
+            logits = self._model(torch.tensor([tokens], device=device), return_hidden=True)[0, -1]
+            logits = self._model.head(logits).float()
+        yes, no = (self._tokenizer.encode(word)[0] for word in ("yes", "no"))
+        return (logits[yes] - logits[no]).item()
 
 
 def grade(reply: str) -> float | None:
