@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._launch import INTERPRETED, cast, dot, exp, on_device, row_major, widen
+from ._launch import INTERPRETED, cast, dot, exp, on_device, overlaps, row_major, widen
 
 # Keys of a split. Few, so that a single row of a few thousand tokens still fills a GPU (8 key heads and 4096 keys are
 # 128 programs); many, so that partial results stay small beside the keys and values: with 4 queries a key head in bf16,
@@ -61,8 +62,10 @@ def _split_kernel(
     q, k_pages, v_pages, table, lengths, k_scale, partial, peaks, sums, scale, q_row, q_token, q_head, k_page, k_slot,
     k_head, v_page, v_slot, v_head, table_stride, room, splits, PAGE: tl.constexpr, TQ: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISE: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISE: tl.constexpr, OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
     # 8-bit keys and values are multiplied in fp16: the hardware turns e4m3 into that, and into bf16 by way of it only.
     # Two to an int16 they are multiplied as two products, of their even and of their odd columns.
     PAIRED: tl.constexpr = k_pages.dtype.element_ty == tl.int16
@@ -141,12 +144,18 @@ def _split_kernel(
 def _combine_kernel(
     partial, peaks, sums, lengths, v_scale, out, lse, room, splits, TQ: tl.constexpr, GROUP: tl.constexpr,
     HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISE: tl.constexpr,
+    PRECISE: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     query = tl.program_id(0).to(tl.int64)  # (row, key head, token, query of the key head)
     row = query // (HK * TQ * GROUP)
     head = query // (TQ * GROUP) % HK
     used = tl.cdiv(tl.minimum(tl.load(lengths + row), room), SPLIT)
+    if v_scale is not None:
+        factor = tl.load(v_scale + head)
+    if OVERLAP:
+        # Launched as soon as all splits have begun. So far nothing of theirs was read; what they found, which waited for
+        # all before them, is there. Every program waits, so that this launch does not end before theirs.
+        gdc_wait()
     cols = tl.arange(0, DP)
     inside = cols[None, :] < D
     peak = tl.full((), float("-inf"), tl.float32)
@@ -157,18 +166,19 @@ def _combine_kernel(
         there = split < used
         slot = query * splits + split
         own = tl.load(peaks + slot, mask=there, other=float("-inf"))
+        own_sum = tl.load(sums + slot, mask=there, other=0.0)
         part = tl.load(partial + slot[:, None] * D + cols[None, :], mask=there[:, None] & inside, other=0.0)
         higher = tl.maximum(peak, tl.max(own, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weight = exp(own - base, PRECISE)
         shrink = exp(peak - base, PRECISE)
-        total = total * shrink + tl.sum(weight * tl.load(sums + slot, mask=there, other=0.0), 0)
+        total = total * shrink + tl.sum(weight * own_sum, 0)
         value = value * shrink + tl.sum(weight[:, None] * part, 0)
         peak = higher
     total = tl.where(total == 0.0, 1.0, total)  # no key: 0, and -inf below
     value = tl.div_rn(value, tl.broadcast_to(total, [DP]))
     if v_scale is not None:
-        value *= tl.load(v_scale + head)
+        value *= factor
     token = query // GROUP % TQ
     to = (row * TQ + token) * (HK * GROUP) + head * GROUP + query % GROUP
     tl.store(out + to * D + cols, cast(value, out.dtype.element_ty), mask=cols < D)
@@ -235,7 +245,9 @@ def forward(
     partial = torch.empty(B * TQ * HQ, splits, D, **floats)
     peaks, sums = (torch.empty(B * TQ * HQ, splits, **floats) for _ in range(2))
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(B, TQ, HQ, **floats)
-    sizes = {"TQ": TQ, "GROUP": GROUP, "D": D, "DP": _padded(D), "SPLIT": SPLIT, "PRECISE": full}
+    overlap = overlaps(q.device)
+    sizes = {"TQ": TQ, "GROUP": GROUP, "D": D, "DP": _padded(D), "SPLIT": SPLIT, "PRECISE": full, "OVERLAP": overlap}
+    dependent = {"launch_pdl": True} if overlap else {}
     k_scale, v_scale = (None if s is None else s.contiguous() for s in (k_scale, v_scale))
     if k_pages.itemsize == 1 and not full:
         pairs = [_in_pairs(pages) for pages in (k_pages, v_pages)]
@@ -252,7 +264,8 @@ def forward(
             KEYS=keys, num_warps=warps, num_stages=stages, **options, **sizes,
         )
         _combine_kernel[(B * TQ * HQ,)](
-            partial, peaks, sums, lengths, v_scale, out, lse, room, splits, HK=HK, CHUNK=CHUNK, num_warps=4, **sizes,
+            partial, peaks, sums, lengths, v_scale, out, lse, room, splits, HK=HK, CHUNK=CHUNK, num_warps=4, **dependent,
+            **sizes,
         )
     return out, lse
 
