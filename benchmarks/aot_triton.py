@@ -33,7 +33,7 @@ from qwen3_kernels.ops.moe_router import Plan
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
-            torch.int32: "*i32", torch.float8_e4m3fn: "*fp8e4nv"}
+            torch.int32: "*i32", torch.int16: "*i16", torch.float8_e4m3fn: "*fp8e4nv"}
 
 
 @dataclass(frozen=True)

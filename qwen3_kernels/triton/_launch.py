@@ -28,6 +28,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin before the one it depends on has ended: programmatic dependent launch, from Hopper on.
+    Kernels compiled without a GPU (on meta tensors) are for Hopper."""
+    return device.type == "meta" or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def power_of_two_divisor(n: int, most: int) -> int:
     """Largest power of two that divides ``n`` and is at most ``most`` (itself a power of two)."""
     return min(n & -n, most)

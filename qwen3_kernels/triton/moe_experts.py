@@ -15,10 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.moe_router import Plan
-from ._launch import cast, dot, exp, on_device
+from ._launch import cast, dot, exp, on_device, overlaps
 from .swiglu import _divide
 
 
@@ -344,14 +345,19 @@ def _weight_grad_kernel(
 
 
 # --- A token or two, whose K rows are all there is: every matrix is multiplied with one row, without tensor cores, and
-# many small programs keep the memory busy. Two launches, without a plan.
+# many small programs keep the memory busy. Two launches, without a plan. The second one starts as soon as all programs
+# of the first have (programmatic dependent launch) and reads its weights beside them; only then does it wait for the
+# first to end, which every program has to do, so that it cannot end before the first. Ids and weights may be read before
+# that: what the first launch found, which waited for all before it, is there for the second, too.
 
 
 @triton.jit
 def _decode_up_kernel(
     x, gate_up, ids, a, x_stride, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
     blocks: tl.constexpr = (I + BN - 1) // BN
     r = (tl.program_id(0) // blocks).to(tl.int64)
     cols = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
@@ -375,26 +381,53 @@ def _decode_up_kernel(
 
 
 @triton.jit
+def _decode_down_row(down, expert, kept, row, start, D: tl.constexpr, I: tl.constexpr, BK: tl.constexpr):
+    """[KP, BK] of one row of the experts of a token."""
+    i = start + tl.arange(0, BK)[None, :]
+    return tl.load(down + (expert * D + row)[:, None] * I + i, mask=(kept & (row < D))[:, None] & (i < I), other=0.0)
+
+
+@triton.jit
+def _decode_weighted(a, r, kept, weight, start, I: tl.constexpr, BK: tl.constexpr):
+    """[KP, BK] of weight · a"""
+    i = start + tl.arange(0, BK)[None, :]
+    return tl.load(a + r[:, None] * I + i, mask=kept[:, None] & (i < I), other=0.0).to(tl.float32) * weight[:, None]
+
+
+@triton.jit
 def _decode_down_kernel(
-    a, down, ids, weights, out, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    a, down, ids, weights, out, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, HELD: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     blocks: tl.constexpr = (D + BN - 1) // BN
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    rows = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
-    total = tl.zeros([BN, BK], tl.float32)
-    for j in range(K):
-        r = n * K + j
-        expert = tl.load(ids + r).to(tl.int64)
-        kept = (expert >= 0) & (expert < E)
-        weight = tl.load(weights + r).to(tl.float32)
-        for start in tl.static_range(0, I, BK):
-            i = start + tl.arange(0, BK)
-            a_i = tl.load(a + r * I + i, mask=(i < I) & kept, other=0.0).to(tl.float32) * weight
-            at = down + (expert * D + rows)[:, None] * I + i[None, :]
-            mask = (rows < D)[:, None] & (i < I)[None, :] & kept
-            total += tl.load(at, mask=mask, other=0.0).to(tl.float32) * a_i[None, :]
-    tl.store(out + n * D + rows, cast(tl.sum(total, 1), out.dtype.element_ty), mask=rows < D)
+    first = (tl.program_id(0) % blocks) * BN
+    k = tl.arange(0, KP)
+    r = n * K + k
+    expert = tl.load(ids + r, mask=k < K, other=-1).to(tl.int64)
+    kept = (expert >= 0) & (expert < E)
+    weight = tl.load(weights + r, mask=kept, other=0.0).to(tl.float32)
+    held = ()
+    for step in tl.static_range(HELD):
+        for row in tl.static_range(BN):
+            held = held + (_decode_down_row(down, expert, kept, first + row, step * BK, D, I, BK),)
+    if OVERLAP:
+        gdc_wait()
+    activations = ()
+    for step in tl.static_range(HELD):
+        activations = activations + (_decode_weighted(a, r, kept, weight, step * BK, I, BK),)
+    rows = tl.arange(0, BN)
+    sums = tl.zeros([KP, BN], tl.float32)
+    for row in tl.static_range(BN):
+        total = tl.zeros([KP, BK], tl.float32)
+        for step in tl.static_range(HELD):
+            total += held[step * BN + row].to(tl.float32) * activations[step]
+        for start in range(HELD * BK, I, BK):
+            tile = _decode_down_row(down, expert, kept, first + row, start, D, I, BK)
+            total += tile.to(tl.float32) * _decode_weighted(a, r, kept, weight, start, I, BK)
+        sums = tl.where(rows[None, :] == row, tl.sum(total, 1)[:, None], sums)
+    at = first + rows
+    tl.store(out + n * D + at, cast(tl.sum(sums, 0), out.dtype.element_ty), mask=at < D)
 
 
 # --- The launches.
@@ -404,10 +437,19 @@ def decode(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tenso
     (N, D), (E, _, width), K = x.shape, down.shape, ids.shape[1]
     a = torch.empty(N * K, width, dtype=x.dtype, device=x.device)
     out = torch.empty(N, D, dtype=x.dtype, device=x.device)
-    sizes = {"D": D, "I": width, "E": E, "K": K, "num_warps": 4}
+    overlap = overlaps(x.device)
+    sizes = {"D": D, "I": width, "E": E, "K": K, "OVERLAP": overlap}
+    KP, rows, depth = triton.next_power_of_2(K), 4, 256
+    # What 8 warps hold in registers before they wait: 48 KB, and three programs a multiprocessor.
+    held = min(triton.cdiv(width, depth), 49152 // (rows * KP * depth * x.element_size()))
+    dependent = {"launch_pdl": True} if overlap else {}
     with on_device(x):
-        _decode_up_kernel[(N * K * triton.cdiv(width, 8),)](x, gate_up, ids, a, x.stride(0), BN=8, BK=512, **sizes)
-        _decode_down_kernel[(N * triton.cdiv(D, 4),)](a, down, ids, weights, out, BN=4, BK=1024, **sizes)
+        _decode_up_kernel[(N * K * triton.cdiv(width, 4),)](
+            x, gate_up, ids, a, x.stride(0), BN=4, BK=min(triton.next_power_of_2(D), 2048), num_warps=8, **sizes,
+        )
+        _decode_down_kernel[(N * triton.cdiv(D, rows),)](
+            a, down, ids, weights, out, KP=KP, BN=rows, BK=depth, HELD=held, num_warps=8, **dependent, **sizes,
+        )
     return out
 
 

@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._launch import cast, dot, exp, on_device, row_major, widen
+from ._launch import INTERPRETED, cast, dot, exp, on_device, overlaps, row_major, widen
 
 # Keys of a split. Few, so that a single row of a few thousand tokens still fills a GPU (8 key heads and 4096 keys are
 # 128 programs); many, so that partial results stay small beside the keys and values: with 4 queries a key head in bf16,
@@ -21,16 +22,56 @@ SPLIT = 256
 CHUNK = 64  # splits that are put together at once: one round of loads up to 16K keys
 
 
+@triton.jit
+def _even_and_odd(pairs):
+    """Columns 0, 2, 4, ... and 1, 3, 5, ... in fp16 of e4m3 numbers that lie two to an int16.
+
+    The tensor cores want two numbers of a column of the values side by side. What transposes on the way out of shared
+    memory moves units of 16 bits; of single bytes, each would be a load by itself.
+    """
+    if INTERPRETED:
+        even = widen((pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True), tl.float16)
+        return even, widen(((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True), tl.float16)
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 sorted;
+            .reg .b16 even, odd;
+            prmt.b32 sorted, $2, $2, 0x3120;
+            mov.b32 {even, odd}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, even;
+            cvt.rn.f16x2.e4m3x2 $1, odd;
+            }""",
+            "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )
+
+
+@triton.jit
+def _weighted(p, values, out, dtype: tl.constexpr):
+    """out + p @ values"""
+    rounded = cast(p, dtype)
+    out = dot(rounded, values, out)
+    if dtype != tl.float32:
+        # What rounding took away, in a second product: the tensor cores wait for memory anyway.
+        out = dot(cast(p - rounded.to(tl.float32), dtype), values, out)
+    return out
+
+
 @triton.jit(do_not_specialize=["table_stride", "room", "splits"])
 def _split_kernel(
     q, k_pages, v_pages, table, lengths, k_scale, partial, peaks, sums, scale, q_row, q_token, q_head, k_page, k_slot,
     k_head, v_page, v_slot, v_head, table_stride, room, splits, PAGE: tl.constexpr, TQ: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISE: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISE: tl.constexpr, OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
     # 8-bit keys and values are multiplied in fp16: the hardware turns e4m3 into that, and into bf16 by way of it only.
-    EIGHT: tl.constexpr = k_pages.dtype.element_ty == tl.float8e4nv
+    # Two to an int16 they are multiplied as two products, of their even and of their odd columns.
+    PAIRED: tl.constexpr = k_pages.dtype.element_ty == tl.int16
+    EIGHT: tl.constexpr = PAIRED or k_pages.dtype.element_ty == tl.float8e4nv
     dtype: tl.constexpr = tl.float16 if EIGHT and q.dtype.element_ty == tl.bfloat16 else q.dtype.element_ty
+    WIDTH: tl.constexpr = DP // 2 if PAIRED else DP  # columns of a product
     LIFT: tl.constexpr = 16384.0 if dtype == tl.float16 else 1.0  # small probabilities become normal numbers of fp16
     row = tl.program_id(0).to(tl.int64)
     TILES: tl.constexpr = (TQ * GROUP + ROWS - 1) // ROWS
@@ -56,18 +97,27 @@ def _split_kernel(
             power = tl.minimum(power, 253 << 23)  # its inverse is a normal number
             queries *= ((254 << 23) - power).to(tl.float32, bitcast=True)[:, None]
             factor *= power.to(tl.float32, bitcast=True)
+        queries = queries.to(dtype)
+        if PAIRED:
+            queries, odd_queries = tl.split(tl.reshape(queries, [ROWS, WIDTH, 2]))
+            odd_out = tl.zeros([ROWS, WIDTH], tl.float32)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        out = tl.zeros([ROWS, DP], tl.float32)
+        out = tl.zeros([ROWS, WIDTH], tl.float32)
+        units = tl.arange(0, WIDTH)
         end = tl.minimum(begin + SPLIT, length)
         for start in range(begin, end, KEYS):
             pos = start + tl.arange(0, KEYS)
             filled = pos < end
             page = tl.load(table + row * table_stride + pos // PAGE, mask=filled, other=0).to(tl.int64)
-            wanted = filled[:, None] & inside
+            wanted = filled[:, None] & (units < (D // 2 if PAIRED else D))[None, :]
             k_at = page * k_page + (pos % PAGE) * k_slot + head * k_head
-            keys = widen(tl.load(k_pages + k_at[:, None] + cols[None, :], mask=wanted, other=0.0), dtype)
-            scores = dot(queries.to(dtype), tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32)) * factor[:, None]
+            keys = tl.load(k_pages + k_at[:, None] + units[None, :], mask=wanted, other=0.0)
+            scores = tl.zeros([ROWS, KEYS], tl.float32)
+            if PAIRED:
+                keys, odd_keys = _even_and_odd(keys)
+                scores = dot(odd_queries, tl.trans(odd_keys), scores)
+            scores = dot(queries, tl.trans(widen(keys, dtype)), scores) * factor[:, None]
             scores = tl.where(filled[None, :] & (pos[None, :] <= last[:, None]), scores, float("-inf"))
             higher = tl.maximum(peak, tl.max(scores, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)  # no key seen yet: exp(-inf) below, not exp(NaN)
@@ -75,14 +125,14 @@ def _split_kernel(
             shrink = exp(peak - base, PRECISE)
             total = total * shrink + tl.sum(p, 1)
             v_at = page * v_page + (pos % PAGE) * v_slot + head * v_head
-            values = widen(tl.load(v_pages + v_at[:, None] + cols[None, :], mask=wanted, other=0.0), dtype)
-            p *= LIFT
-            rounded = cast(p, dtype)
-            out = dot(rounded, values, out * shrink[:, None])
-            if dtype != tl.float32:
-                # What rounding took away, in a second product: the tensor cores wait for memory anyway.
-                out = dot(cast(p - rounded.to(tl.float32), dtype), values, out)
+            values = tl.load(v_pages + v_at[:, None] + units[None, :], mask=wanted, other=0.0)
+            if PAIRED:
+                values, odd_values = _even_and_odd(values)
+                odd_out = _weighted(p * LIFT, odd_values, odd_out * shrink[:, None], dtype)
+            out = _weighted(p * LIFT, widen(values, dtype), out * shrink[:, None], dtype)
             peak = higher
+        if PAIRED:
+            out = tl.interleave(out, odd_out)
         slot = ((row * (tl.num_programs(1) // TILES) + head) * (TQ * GROUP) + at) * splits + tl.program_id(2)
         # Peak and sum apart: their logarithm would round, and large scores lose what tells splits apart.
         tl.store(peaks + slot, peak, mask=there)
@@ -94,12 +144,18 @@ def _split_kernel(
 def _combine_kernel(
     partial, peaks, sums, lengths, v_scale, out, lse, room, splits, TQ: tl.constexpr, GROUP: tl.constexpr,
     HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISE: tl.constexpr,
+    PRECISE: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     query = tl.program_id(0).to(tl.int64)  # (row, key head, token, query of the key head)
     row = query // (HK * TQ * GROUP)
     head = query // (TQ * GROUP) % HK
     used = tl.cdiv(tl.minimum(tl.load(lengths + row), room), SPLIT)
+    if v_scale is not None:
+        factor = tl.load(v_scale + head)
+    if OVERLAP:
+        # Launched as soon as all splits have begun. So far nothing of theirs was read; what they found, which waited for
+        # all before them, is there. Every program waits, so that this launch does not end before theirs.
+        gdc_wait()
     cols = tl.arange(0, DP)
     inside = cols[None, :] < D
     peak = tl.full((), float("-inf"), tl.float32)
@@ -110,18 +166,19 @@ def _combine_kernel(
         there = split < used
         slot = query * splits + split
         own = tl.load(peaks + slot, mask=there, other=float("-inf"))
+        own_sum = tl.load(sums + slot, mask=there, other=0.0)
         part = tl.load(partial + slot[:, None] * D + cols[None, :], mask=there[:, None] & inside, other=0.0)
         higher = tl.maximum(peak, tl.max(own, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weight = exp(own - base, PRECISE)
         shrink = exp(peak - base, PRECISE)
-        total = total * shrink + tl.sum(weight * tl.load(sums + slot, mask=there, other=0.0), 0)
+        total = total * shrink + tl.sum(weight * own_sum, 0)
         value = value * shrink + tl.sum(weight[:, None] * part, 0)
         peak = higher
     total = tl.where(total == 0.0, 1.0, total)  # no key: 0, and -inf below
     value = tl.div_rn(value, tl.broadcast_to(total, [DP]))
     if v_scale is not None:
-        value *= tl.load(v_scale + head)
+        value *= factor
     token = query // GROUP % TQ
     to = (row * TQ + token) * (HK * GROUP) + head * GROUP + query % GROUP
     tl.store(out + to * D + cols, cast(value, out.dtype.element_ty), mask=cols < D)
@@ -159,6 +216,12 @@ def _write_kernel(
             tl.store(into + cols[None, :], x, mask=mask)
 
 
+def _in_pairs(pages: Tensor) -> Tensor:
+    """int16 in place of every two e4m3 numbers, where each lies at an even address; else the pages themselves."""
+    whole = all(n % 2 == 0 for n in (pages.shape[-1], pages.storage_offset(), *pages.stride()[:-1]))
+    return pages.view(torch.int16) if whole and pages.shape[-1] > 16 else pages  # 16: the least a product takes
+
+
 def _padded(D: int) -> int:
     return max(triton.next_power_of_2(D), 16)  # the least a matrix product takes
 
@@ -177,22 +240,32 @@ def forward(
     rows = min(max(triton.next_power_of_2(TQ * GROUP), 16), most)
     # Of 5 stages two load page numbers and two hold keys and values; three programs fit on a multiprocessor. The
     # products of 64 rows are asynchronous and hold one more: 4 stages let two programs fit.
-    stages = 4 if rows == 64 and k_pages.itemsize > 1 else 5
+    stages, options = 4 if rows == 64 and k_pages.itemsize > 1 else 5, {}
     floats = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(B * TQ * HQ, splits, D, **floats)
     peaks, sums = (torch.empty(B * TQ * HQ, splits, **floats) for _ in range(2))
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(B, TQ, HQ, **floats)
-    sizes = {"TQ": TQ, "GROUP": GROUP, "D": D, "DP": _padded(D), "SPLIT": SPLIT, "PRECISE": full}
+    overlap = overlaps(q.device)
+    sizes = {"TQ": TQ, "GROUP": GROUP, "D": D, "DP": _padded(D), "SPLIT": SPLIT, "PRECISE": full, "OVERLAP": overlap}
+    dependent = {"launch_pdl": True} if overlap else {}
     k_scale, v_scale = (None if s is None else s.contiguous() for s in (k_scale, v_scale))
+    if k_pages.itemsize == 1 and not full:
+        pairs = [_in_pairs(pages) for pages in (k_pages, v_pages)]
+        if all(p.dtype == torch.int16 for p in pairs):
+            k_pages, v_pages = pairs
+            if rows == 16 and D <= 128:
+                # Half the bytes a block: a third block in flight, and so few registers that four programs fit.
+                stages, options = 7, {"maxnreg": 128}
     with on_device(q):
         # Rows vary fastest: splits that no row reaches, in a table with room to spare, come last and do nothing.
         _split_kernel[(B, HK * triton.cdiv(TQ * GROUP, rows), splits)](
             q, k_pages, v_pages, page_table, lengths, k_scale, partial, peaks, sums, scale, *q.stride()[:3],
             *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0), room, splits, PAGE=PAGE, ROWS=rows,
-            KEYS=keys, num_warps=warps, num_stages=stages, **sizes,
+            KEYS=keys, num_warps=warps, num_stages=stages, **options, **sizes,
         )
         _combine_kernel[(B * TQ * HQ,)](
-            partial, peaks, sums, lengths, v_scale, out, lse, room, splits, HK=HK, CHUNK=CHUNK, num_warps=4, **sizes,
+            partial, peaks, sums, lengths, v_scale, out, lse, room, splits, HK=HK, CHUNK=CHUNK, num_warps=4, **dependent,
+            **sizes,
         )
     return out, lse
 

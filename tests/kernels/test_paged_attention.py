@@ -120,6 +120,17 @@ def test_rarer_dtypes(backend, dtype, cache):
 
 
 @parametrize_kernel
+@pytest.mark.parametrize("D", [16, 41, 48], ids=str)
+def test_8_bits_that_are_read_in_pairs_or_not(backend, D):
+    """Two by two where every number lies at an even address and there are enough for a product."""
+    inputs = random((33,), 2, 2, 1, D, 16, torch.bfloat16, "fp8")
+    check(backend, inputs)
+    pages = inputs["v_pages"]
+    odd = torch.empty(pages.numel() + 1, dtype=FP8, device=DEVICE)[1:].view(pages.shape)
+    check(backend, inputs | {"v_pages": odd.copy_(pages)})
+
+
+@parametrize_kernel
 @parametrize_kind
 def test_lengths_around_the_ends_of_splits(backend, dtype, cache):
     check(backend, random((255, 256, 257), 2, 1, 1, 64, 16, dtype, cache))
