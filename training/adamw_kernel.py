@@ -38,7 +38,7 @@ def _store(pointers, x, noise, mask, dtype: tl.constexpr, STOCHASTIC: tl.constex
 
 
 @triton.jit(do_not_specialize=["n"])
-def kernel(
+def adamw_kernel(
     table, corrections, scale, skip, n, lr, decay, beta1, rest1, beta2, rest2, eps,
     W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, C: tl.constexpr, STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISE: tl.constexpr, HALVINGS: tl.constexpr, BLOCK: tl.constexpr,

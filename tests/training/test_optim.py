@@ -71,6 +71,7 @@ def quadratic(dtype):
     return model, torch.randn(8, 6).to(dtype)
 
 
+@pytest.mark.usefixtures("adamw_both")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_adamw_is_torch_adamw_on_float32_masters(dtype):
     model, x = quadratic(dtype)
@@ -92,6 +93,7 @@ def test_adamw_is_torch_adamw_on_float32_masters(dtype):
         torch.testing.assert_close(p, reference[name].to(dtype), rtol=1e-5 if dtype == torch.float32 else 0, atol=1e-7)
 
 
+@pytest.mark.usefixtures("adamw_both")
 @pytest.mark.parametrize("states", STATES)
 def test_small_updates_are_not_lost_in_bf16(states):
     model = torch.nn.Linear(64, 64, bias=False).to(torch.bfloat16)
@@ -110,6 +112,7 @@ def test_small_updates_are_not_lost_in_bf16(states):
     assert model.weight.float().mean().item() == pytest.approx(1 - 0.01, abs=tolerance)
 
 
+@pytest.mark.usefixtures("adamw_both")
 def test_weight_decay_leaves_norms_alone(model_config):
     model = Qwen3(model_config).init_weights(0)
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -155,6 +158,7 @@ def test_stochastic_rounding_keeps_what_is_not_finite():
         assert got[:4].isnan().all() and got[4:].tolist() == [math.inf, -math.inf]
 
 
+@pytest.mark.usefixtures("adamw_both")
 @pytest.mark.parametrize("states", STATES[1:])
 def test_without_masters_the_mean_step_is_the_float32_step(states):
     """4,096 weights go the same way, apart from their rounding."""
@@ -178,6 +182,7 @@ def test_without_masters_the_mean_step_is_the_float32_step(states):
         torch.testing.assert_close(got.double().mean(), moment.double().mean(), rtol=1e-3, atol=0)
 
 
+@pytest.mark.usefixtures("adamw_both")
 def test_rounding_is_a_function_of_seed_step_and_name():
     def trained(*, seed=0, steps=2, frozen=False):
         model, x = quadratic(torch.bfloat16)
@@ -319,6 +324,7 @@ def parts(kind):
     return experts() if kind == "muon" else quadratic(torch.float32)[0]
 
 
+@pytest.mark.usefixtures("adamw_both")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("states", STATES)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
