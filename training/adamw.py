@@ -7,12 +7,15 @@ copy of the weights is written. Arithmetic is float32, each result rounded once.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import repeat
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # and their names in Triton
@@ -36,51 +39,51 @@ def adamw_fused_(
         keys: int64 numbers; if given, what is stored in bfloat16, but for the copies, is rounded stochastically: the noise
             of each element is a function of its tensor's key and its place.
     """
-    launches = defaultdict(list)
-    for i, tensors in enumerate(zip(weights, grads, moments, squares, copies or weights)):
-        pointers, size = [t.data_ptr() for t in tensors], tensors[0].numel()
-        aligned = not any(x % 16 for x in (*pointers, size))
-        kind = (tensors[0].device, tuple([t.dtype for t in tensors]), aligned)
-        launches[kind].append((i, [*pointers, keys[i] if keys else 0, size]))
-    numbers = (lr, lr * weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps)
-    for (device, dtypes, aligned), rows in launches.items():
-        own = [steps[i] for i, _ in rows]
-        own_scale, own_skip = (None if t is None else t.to(device, non_blocking=True).view(()) for t in (scale, skip))
-        torch._foreach_add_(own, 1)
-        if skip is not None:
-            torch._foreach_sub_(own, [own_skip] * len(own))
-        t = torch.stack(own).double()
-        corrections = torch.stack((1 / (1 - betas[0] ** t), (1 - betas[1] ** t).rsqrt()), 1).float()
-        launch([row for _, row in rows], corrections, own_scale, own_skip, numbers,
-               dtypes if copies else (*dtypes[:4], None), keys is not None, aligned)
+    tensors, launches = (weights, grads, moments, squares, copies or weights), defaultdict(list)
+    addresses = zip(*([t.data_ptr() for t in column] for column in (*tensors, steps)))
+    dtypes = zip(*([t.dtype for t in column] for column in tensors))
+    for weight, own, found, key in zip(weights, addresses, dtypes, keys or repeat(0)):
+        w, g, m, v, c, _ = own
+        size = weight.numel()
+        launches[weight.device, found, (w | g | m | v | c | size) % 16 == 0].append((*own, key, size))
+    for (device, found, aligned), rows in launches.items():
+        own_scale, own_skip = (None if t is None else t.to(device, non_blocking=True) for t in (scale, skip))
+        launch(rows, device, found if copies else (*found[:4], None), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+               scale=own_scale, skip=own_skip, stochastic=keys is not None, aligned=aligned)
 
 
 def launch(
-    rows: Sequence[Sequence[int]], corrections: Tensor, scale: Tensor | None, skip: Tensor | None,
-    numbers: tuple[float, ...], dtypes: tuple[torch.dtype | None, ...], stochastic: bool, aligned: bool,
+    rows: Sequence[Sequence[int]], device: torch.device, dtypes: tuple[torch.dtype | None, ...], *, lr: float,
+    betas: tuple[float, float], eps: float, weight_decay: float, scale: Tensor | None, skip: Tensor | None, stochastic: bool,
+    aligned: bool,
 ) -> None:
-    """``rows``: the table's first columns; ``corrections`` float32 [tensors, 2]: what the moment is multiplied by, and the
-    square's root; ``dtypes`` of weight, gradient, moment, square and copy; ``aligned``: addresses and sizes divide by 16."""
+    """``rows``: the table's columns but for the last; ``dtypes`` of weight, gradient, moment, square and copy; ``aligned``:
+    addresses and sizes divide by 16."""
     import triton.language as tl  # Triton is not everywhere
 
     from qwen3_kernels.triton._launch import on_device
 
-    from .adamw_kernel import BLOCK, WARPS, adamw_kernel
+    from . import adamw_kernel as source
 
-    table, blocks = [], 0
+    table, blocks, n = [], 0, len(rows)
     for row in rows:
         table += (*row, blocks)
-        blocks += -(-row[-1] // BLOCK)
-    if not blocks:
-        return
-    # Pinned, so that the copy waits for nothing; the allocator keeps it until the copy is done.
-    table = torch.tensor(table, dtype=torch.int64, pin_memory=corrections.is_cuda).to(corrections.device, non_blocking=True)
+        blocks += -(-row[-1] // source.BLOCK)
+    table = torch.frombuffer(array("q", table), dtype=torch.int64)  # torch.tensor takes 0.2 ms for a model's
+    if device.type == "cuda":
+        table = table.pin_memory()  # so that the copy waits for nothing; the allocator keeps it until the copy is done
+    table = table.to(device, non_blocking=True)
+    corrections = torch.empty((n, 2), dtype=torch.float32, device=device)
     names = dict(zip("WGMVC", (None if d is None else getattr(tl, DTYPES[d]) for d in dtypes)))
-    with on_device(corrections):
-        adamw_kernel[(blocks,)](
-            table, corrections, scale, skip, len(rows), *numbers, **names, STOCHASTIC=stochastic, ALIGNED=aligned,
-            PRECISE=dtypes[0] == torch.float32, HALVINGS=(len(rows) - 1).bit_length(), BLOCK=BLOCK, num_warps=WARPS,
-        )
+    logs = {name: math.log(beta) if beta else -math.inf for name, beta in zip(("LOG_1", "LOG_2"), betas)}
+    with on_device(table):
+        source.count_kernel[(-(-n // 128),)](table, corrections, skip, n, **logs, BLOCK=128, num_warps=4)
+        if blocks:
+            source.adamw_kernel[(blocks,)](
+                table, corrections, scale, skip, n, lr, lr * weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
+                **names, STOCHASTIC=stochastic, ALIGNED=aligned, PRECISE=dtypes[0] == torch.float32,
+                HALVINGS=(n - 1).bit_length(), BLOCK=source.BLOCK, num_warps=source.WARPS,
+            )
 
 
 @torch.no_grad()
@@ -98,12 +101,14 @@ def adamw_torch_(
 
 
 def fits(weight: Tensor, *others: Tensor) -> bool:
-    """Whether `adamw_fused_` takes a weight with its gradient and moments: contiguous, of 16 or 32 bits, on one GPU where
-    the kernel runs."""
-    return runs(weight.device) and all(
-        t.dtype in DTYPES and t.is_contiguous() and t.device == weight.device and t.shape == weight.shape
-        for t in (weight, *others)
-    )
+    """Whether `adamw_fused_` takes a weight with its gradient and moments, of its shape and device: all contiguous, of 16 or 32
+    bits, on a GPU where the kernel runs."""
+    if not runs(weight.device):
+        return False
+    for t in (weight, *others):
+        if t.dtype not in DTYPES or not t.is_contiguous():
+            return False
+    return True
 
 
 @functools.cache
@@ -202,7 +207,7 @@ class AdamW(torch.optim.AdamW):
 
 def _local(tensors: list[Tensor]) -> list[Tensor] | None:
     """The tensors themselves, or of DTensors the local parts, if they are placed alike."""
-    if not hasattr(tensors[0], "to_local"):
+    if type(tensors[0]) in (Tensor, nn.Parameter) or not hasattr(tensors[0], "to_local"):
         return tensors
     alike = all(getattr(t, "placements", None) == tensors[0].placements for t in tensors)
     return [t.to_local() for t in tensors] if alike else None

@@ -14,8 +14,25 @@ from qwen3_kernels.triton._launch import cast
 from .draw_kernel import splitmix64
 
 BLOCK, WARPS = 2048, 8
-# Columns of the table, int64; the first five are addresses.
-WEIGHT, GRAD, MOMENT, SQUARE, COPY, KEY, SIZE, BEGIN, COLUMNS = (tl.constexpr(i) for i in range(9))
+# Columns of the table, int64: six addresses, the key of the noise, elements, and the number of the first block.
+WEIGHT, GRAD, MOMENT, SQUARE, COPY, COUNT, KEY, SIZE, BEGIN, COLUMNS = (tl.constexpr(i) for i in range(10))
+
+
+@triton.jit(do_not_specialize=["n"])
+def count_kernel(table, corrections, skip, n, LOG_1: tl.constexpr, LOG_2: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts the step, and writes [n, 2] what moments, and roots of squares, are multiplied by: in float64, as 1 - beta^t
+    cancels. The logarithms are constants because numbers would arrive in float32."""
+    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = tensor < n
+    at = tl.load(table + tensor * COLUMNS + COUNT, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    count = tl.load(at, mask=mask, other=0.0)
+    t = (count + 1.0).to(tl.float64)
+    tl.store(corrections + 2 * tensor, (1.0 / (1.0 - tl.exp(t * LOG_1))).to(tl.float32), mask=mask)
+    tl.store(corrections + 2 * tensor + 1, (1.0 / tl.sqrt(1.0 - tl.exp(t * LOG_2))).to(tl.float32), mask=mask)
+    taken = 1.0
+    if skip is not None:
+        taken = 1.0 - tl.load(skip)
+    tl.store(at, count + taken, mask=mask)
 
 
 @triton.jit

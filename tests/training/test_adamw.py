@@ -109,7 +109,8 @@ def test_every_block_finds_its_tensor(count):
 
 def test_tensors_are_grouped_by_dtype_and_alignment(monkeypatch):
     calls, real = [], adamw.launch
-    monkeypatch.setattr(adamw, "launch", lambda rows, *args: (calls.append((len(rows), args[-3][0], args[-1])), real(rows, *args)))
+    monkeypatch.setattr(adamw, "launch", lambda rows, device, dtypes, **options: (
+        calls.append((len(rows), dtypes[0], options["aligned"])), real(rows, device, dtypes, **options)))
     lists = [a + b for a, b in zip(state(FP32, sizes=(64, 128)), state(BF16, sizes=(32, 31)))]
     whole = torch.randn(97, device=DEVICE)
     lists[0][1] = whole[1:65]  # contiguous, at 4 bytes past 16
@@ -138,7 +139,7 @@ def test_offsets_beyond_32_bits():
     pointers = [start + 2 * i * BLOCK for i in range(4)]
     corrections = torch.tensor([[10.0, math.sqrt(20.0)]], device=DEVICE)
     # A launch begins at block 0; a tensor that begins ``first`` blocks before it has its block number ``first`` there.
-    launch_at(first, [[*pointers, 0, 0, first * BLOCK + 5]], corrections, numbers)
+    launch_at(first, [[*pointers, 0, 0, 0, first * BLOCK + 5]], corrections, numbers)
     w, g, m, v = far.view(4, BLOCK).float()
     assert torch.allclose(w[:5], torch.tensor(0.99, device=DEVICE), atol=4e-3) and (w[5:] == 1).all()
     assert (m[:5] > 0.09).all() and (m[5:] == 0).all() and (v[:5] > 0.04).all() and (v[5:] == 0).all() and (g == 1).all()
@@ -290,6 +291,7 @@ def test_checkpoints_go_both_ways(fused, towards):
     same(second, whole)
     for p in second.parameters():
         assert new.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"} and new.state[p]["step"] == 6
+    assert towards == "to torch" or all(group["fused"] for group in new.param_groups)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
