@@ -55,19 +55,11 @@ def lr_scale(
 
 
 @torch.no_grad()
-def clip_grad_norm_(grads: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales ``grads`` in place to a global 2-norm of at most ``max_norm``; returns the norm before, a device scalar
-    that was never read on the host. Raises ValueError for max_norm <= 0 (inf: only measure)."""
-    grads = list(grads)
-    norm, factor = clip_factor(grads, max_norm)
-    torch._foreach_mul_(grads, factor)
-    return norm
-
-
 def clip_factor(grads: Iterable[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """(global 2-norm, what clipping to ``max_norm`` multiplies by), float32 scalars on the device. For fused
-    optimizers, whose ``grad_scale`` divides as the step reads: bfloat16 gradients are multiplied a tensor at a time
-    otherwise (3.1 ms for 0.6B parameters on an H100, of which memory needs 0.8)."""
+    """(global 2-norm, what clipping to ``max_norm`` multiplies by), float32 scalars on the device that were never read on the
+    host. For fused optimizers, whose ``grad_scale`` divides as the step reads: bfloat16 gradients are multiplied a tensor at a
+    time otherwise (3.1 ms for 0.6B parameters on an H100, of which memory needs 0.8). Raises ValueError for max_norm <= 0
+    (inf: only measure)."""
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; expected above 0 (inf: no clipping)")
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32)))
