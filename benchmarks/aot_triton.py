@@ -2,8 +2,8 @@
 
     python -m benchmarks.aot_triton [--op OP ...] [--json FILE]
 
-The kernels are compiled for the very launches that qwen3_kernels/triton and training/adamw make at the sizes of Qwen3: they
-run on meta tensors, with the launch itself replaced by a note of its arguments.
+The kernels are compiled for the very launches that qwen3_kernels/triton and training/adamw make at the sizes of Qwen3:
+they run on meta tensors, with the launch itself replaced by a note of its arguments.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def _paged_attention(
 
 
 def _adamw(
-    weight: torch.dtype, moment: torch.dtype, size: int = 1 << 20, copy: torch.dtype | None = None, stochastic: bool = False
+    weight: torch.dtype, moment: torch.dtype, size: int = 1 << 20, copy: torch.dtype | None = None,
+    stochastic: bool = False,
 ) -> Callable[[], None]:
     def calls():
         tensors = [[meta(size, dtype=dtype) for _ in range(310)] for dtype in (weight, weight, moment, moment)]

@@ -1,7 +1,7 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): on a GPU all parameters in one launch and one pass over memory.
 
-That moves 14 bytes a parameter where all is bfloat16, and 30 where masters, moments and gradients are float32 and a bfloat16
-copy of the weights is written. Arithmetic is float32, each result rounded once.
+That moves 14 bytes a parameter where all is bfloat16, and 30 where masters, moments and gradients are float32 and a
+bfloat16 copy of the weights is written. Arithmetic is float32, each result rounded once.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def adamw_fused_(
         scale: scalar on the device that the gradients are divided by as they are read.
         skip: float32 scalar on the device; if 1, nothing changes.
         copies: of the weights in other dtypes, written as well.
-        keys: int64 numbers; if given, what is stored in bfloat16, but for the copies, is rounded stochastically: the noise
-            of each element is a function of its tensor's key and its place.
+        keys: int64 numbers; if given, what is stored in bfloat16, but for the copies, is rounded stochastically: the
+            noise of each element is a function of its tensor's key and its place.
     """
     tensors, launches = (weights, grads, moments, squares, copies or weights), defaultdict(list)
     addresses = zip(*([t.data_ptr() for t in column] for column in (*tensors, steps)))
@@ -48,17 +48,19 @@ def adamw_fused_(
         launches[weight.device, found, (w | g | m | v | c | size) % 16 == 0].append((*own, key, size))
     for (device, found, aligned), rows in launches.items():
         own_scale, own_skip = (None if t is None else t.to(device, non_blocking=True) for t in (scale, skip))
-        launch(rows, device, found if copies else (*found[:4], None), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-               scale=own_scale, skip=own_skip, stochastic=keys is not None, aligned=aligned)
+        launch(
+            rows, device, found if copies else (*found[:4], None), lr=lr, betas=betas, eps=eps,
+            weight_decay=weight_decay, scale=own_scale, skip=own_skip, stochastic=keys is not None, aligned=aligned,
+        )
 
 
 def launch(
     rows: Sequence[Sequence[int]], device: torch.device, dtypes: tuple[torch.dtype | None, ...], *, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float, scale: Tensor | None, skip: Tensor | None, stochastic: bool,
-    aligned: bool,
+    betas: tuple[float, float], eps: float, weight_decay: float, scale: Tensor | None, skip: Tensor | None,
+    stochastic: bool, aligned: bool,
 ) -> None:
-    """``rows``: the table's columns but for the last; ``dtypes`` of weight, gradient, moment, square and copy; ``aligned``:
-    addresses and sizes divide by 16."""
+    """``rows``: the table's columns but for the last; ``dtypes`` of weight, gradient, moment, square and copy;
+    ``aligned``: addresses and sizes divide by 16."""
     import triton.language as tl  # Triton is not everywhere
 
     from qwen3_kernels.triton._launch import on_device
@@ -80,7 +82,8 @@ def launch(
         source.count_kernel[(-(-n // 128),)](table, corrections, skip, n, **logs, BLOCK=128, num_warps=4)
         if blocks:
             source.adamw_kernel[(blocks,)](
-                table, corrections, scale, skip, n, lr, lr * weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
+                table, corrections, scale, skip, n,
+                lr, lr * weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
                 **names, STOCHASTIC=stochastic, ALIGNED=aligned, PRECISE=dtypes[0] == torch.float32,
                 HALVINGS=(n - 1).bit_length(), BLOCK=source.BLOCK, num_warps=source.WARPS,
             )
@@ -95,14 +98,14 @@ def adamw_torch_(
     """The same in torch, fused where torch can, which ``scale`` needs; it leaves the gradients divided."""
     fused = weights[0].device.type in ("cpu", "cuda") if weights else None
     adamw(
-        weights, grads, moments, squares, [], steps, fused=fused or None, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr,
-        weight_decay=weight_decay, eps=eps, maximize=False, grad_scale=scale, found_inf=skip,
+        weights, grads, moments, squares, [], steps, fused=fused or None, amsgrad=False, maximize=False, lr=lr,
+        beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, grad_scale=scale, found_inf=skip,
     )
 
 
 def fits(weight: Tensor, *others: Tensor) -> bool:
-    """Whether `adamw_fused_` takes a weight with its gradient and moments, of its shape and device: all contiguous, of 16 or 32
-    bits, on a GPU where the kernel runs."""
+    """Whether `adamw_fused_` takes a weight with its gradient and moments, of its shape and device: all contiguous, of
+    16 or 32 bits, on a GPU where the kernel runs."""
     if not runs(weight.device):
         return False
     for t in (weight, *others):
@@ -150,8 +153,8 @@ class AdamW(torch.optim.AdamW):
 
     State dicts are torch's, both ways. What the kernel does not take (other devices, float64, tensors that are not
     contiguous, DTensors whose gradient lies otherwise) goes through torch's fused step. Of a DTensor the local part is
-    updated. If ``grad_scale`` is set, gradients are divided by it as they are read (the kernel, unlike torch, leaves them
-    as they were), and ``found_inf`` of 1 skips the step: float32 scalars on the device, which are not read on the host.
+    updated. If ``grad_scale`` is set, gradients are divided by it as they are read (the kernel, unlike torch, leaves
+    them as they were), and ``found_inf`` of 1 skips the step: float32 scalars on the device, never read on the host.
 
     Raises:
         ValueError: an option of torch's that is not supported, in a parameter group or a state dict that is loaded.
@@ -196,12 +199,11 @@ class AdamW(torch.optim.AdamW):
             for *tensors, step in zip(*lists[:4], lists[5]):
                 local = _local(tensors)
                 fused.append((*local, step)) if local and fits(*local) else others.append((*tensors, step))
+            options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            options |= {"scale": getattr(self, "grad_scale", None), "skip": getattr(self, "found_inf", None)}
             for update, rows in ((adamw_fused_, fused), (adamw_torch_, others)):
                 if rows:
-                    update(
-                        *map(list, zip(*rows)), **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
-                        scale=getattr(self, "grad_scale", None), skip=getattr(self, "found_inf", None),
-                    )
+                    update(*map(list, zip(*rows)), **options)
         return loss
 
 

@@ -1,7 +1,7 @@
 """The Triton kernel of `adamw`: a block of one of many tensors a program, found in a table of pointers.
 
-Each value is read and written once: 14 bytes a parameter where all are bfloat16, so the ceiling is the copy bandwidth. A
-thread holds 8 values, 16 bytes of each bfloat16 tensor.
+Each value is read and written once: 14 bytes a parameter where all are bfloat16, so the ceiling is the copy bandwidth.
+A thread holds 8 values, 16 bytes of each bfloat16 tensor.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ WEIGHT, GRAD, MOMENT, SQUARE, COPY, COUNT, KEY, SIZE, BEGIN, COLUMNS = (tl.const
 
 @triton.jit(do_not_specialize=["n"])
 def count_kernel(table, corrections, skip, n, LOG_1: tl.constexpr, LOG_2: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts the step, and writes [n, 2] what moments, and roots of squares, are multiplied by: in float64, as 1 - beta^t
-    cancels. The logarithms are constants because numbers would arrive in float32."""
+    """Counts the step, and writes [n, 2] what moments, and roots of squares, are multiplied by: in float64, as
+    1 - beta^t cancels. The logarithms are constants because numbers would arrive in float32."""
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = tensor < n
     at = tl.load(table + tensor * COLUMNS + COUNT, mask=mask, other=0).to(tl.pointer_type(tl.float32))

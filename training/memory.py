@@ -244,8 +244,8 @@ class _Step:
         return Estimate(moment, **sizes)
 
     def update(self) -> int:
-        """Float32 copies of a piece of a parameter, what rounds them and what orthogonalises them. AdamW's kernel on CUDA
-        needs none."""
+        """Float32 copies of a piece of a parameter, what rounds them and what orthogonalises them. AdamW's kernel on
+        CUDA needs none."""
         sizes = [0]
         for name, p in self.shapes.items():
             muon = self._muon(name)

@@ -56,10 +56,10 @@ def lr_scale(
 
 @torch.no_grad()
 def clip_factor(grads: Iterable[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """(global 2-norm, what clipping to ``max_norm`` multiplies by), float32 scalars on the device that were never read on the
-    host. For fused optimizers, whose ``grad_scale`` divides as the step reads: bfloat16 gradients are multiplied a tensor at a
-    time otherwise (3.1 ms for 0.6B parameters on an H100, of which memory needs 0.8). Raises ValueError for max_norm <= 0
-    (inf: only measure)."""
+    """(global 2-norm, what clipping to ``max_norm`` multiplies by), float32 scalars on the device that were never read on
+    the host. For fused optimizers, whose ``grad_scale`` divides as the step reads: bfloat16 gradients are multiplied a
+    tensor at a time otherwise (3.1 ms for 0.6B parameters on an H100, of which memory needs 0.8). Raises ValueError for
+    max_norm <= 0 (inf: only measure)."""
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; expected above 0 (inf: no clipping)")
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32)))
@@ -154,8 +154,8 @@ class Optimizer:
         seed: of the stochastic rounding, which is a function of seed, step and parameter name (per type of device).
         guard: if given, steps it tells to skip change neither weights nor moments. They count in AdamW's bias correction.
 
-    State is addressed by parameter name. A step reads nothing from the device. On CUDA, AdamW is one pass over memory with
-    the kernel of `adamw`; what that does not take, and Muon, goes through torch, in float32 a piece at a time.
+    State is addressed by parameter name. A step reads nothing from the device. On CUDA, AdamW is one pass over memory
+    with the kernel of `adamw`; what that does not take, and Muon, goes through torch, in float32 a piece at a time.
 
     Raises:
         ValueError: unknown options, dtypes other than float32 and bfloat16, or nothing for Muon to do.
@@ -209,7 +209,8 @@ class Optimizer:
         norm, factor = clip_factor((w.grad for w in live.values()), max_norm)
         skip = None if self.guard is None else self.guard(loss, norm)
         self._step += 1
-        fused = {n for n, w in live.items() if n not in self._muon and adamw.fits(w, w.grad, *self._moments[n].values())}
+        pairs = [n for n in live if n not in self._muon]
+        fused = {n for n in pairs if adamw.fits(live[n], live[n].grad, *self._moments[n].values())}
         if unscaled := [w.grad for n, w in live.items() if n not in fused]:
             torch._foreach_mul_(unscaled, factor)
         together = defaultdict(list)
@@ -225,9 +226,10 @@ class Optimizer:
                 keys = [self._key(n) >> 1 for n in names] if self._stochastic else None
                 copies = None if alone else [self._params[n] for n in names]
                 update, extra = adamw.adamw_fused_, {"scale": factor.reciprocal(), "copies": copies, "keys": keys}
+            moments, squares = ([self._moments[n][key] for n in names] for key in ("exp_avg", "exp_avg_sq"))
             update(
-                weights, [w.grad for w in weights], *([self._moments[n][k] for n in names] for k in ("exp_avg", "exp_avg_sq")),
-                self._steps(weights), lr=lr, weight_decay=decay, skip=skip, **extra, **self._options,
+                weights, [w.grad for w in weights], moments, squares, self._steps(weights),
+                lr=lr, weight_decay=decay, skip=skip, **extra, **self._options,
             )
         for name, w in live.items():
             w.grad = None
@@ -258,7 +260,8 @@ class Optimizer:
             if name in self._muon:
                 muon_(wide[0], grad, wide[1], **options)
             else:
-                adamw.adamw_torch_(*([t] for t in (wide[0], grad, *wide[1:])), self._steps(wide[:1]), **options, **self._options)
+                columns = ([t] for t in (wide[0], grad, *wide[1:]))
+                adamw.adamw_torch_(*columns, self._steps(wide[:1]), **options, **self._options)
             for t, x in zip(kept, wide):
                 x = x if skip is None else torch.where(skip > 0, t.float(), x)
                 if t.dtype != torch.float32:

@@ -1,7 +1,7 @@
 """A step of AdamW for all parameters of Qwen3 models, with the clip's scale, beside torch's fused one where that can.
 
-Ours runs as `training.adamw.AdamW` (bf16) or as `training.optim.Optimizer` calls it; on a CPU, where the class takes torch's
-step, there is bf16 alone, for a few small layers. The first step is held against float64, for some of the tensors.
+Ours runs as `training.adamw.AdamW` (bf16) or as `training.optim.Optimizer` calls it; on a CPU, where the class takes
+torch's step, there is bf16 alone, for a few small layers. The first step is held against float64, for some tensors.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ KINDS = {
 
 # All of a case is there twice, for torch, too: larger models in more than bfloat16 fill the card.
 CASES = [("Qwen3-0.6B", tuple(KINDS)), ("Qwen3-1.7B", ("bf16", "bf16 stochastic"))]
-SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 192, "vocab_size": 1000, "num_attention_heads": 2,
-         "num_key_value_heads": 1}
+SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 192, "vocab_size": 1000,
+         "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def rows(
     device: str, quick: bool, peers: list[str], ceilings: dict[str, float], say: Callable[[str], None],
     wanted: Callable[[str], bool] = lambda case: True,
 ) -> Iterator[Row]:
-    small = quick or device == "cpu"
+    small, settings = quick or device == "cpu", Settings.for_run(device, quick)
     for model, kinds in CASES[:1] if small else CASES:
         with torch.device("meta"):
             shapes = [p.shape for p in Qwen3(Qwen3Config.from_name(model, **(SMALL if small else {}))).parameters()]
         for name in kinds[:1] if device == "cpu" else kinds:
             if wanted(case := f"AdamW {'small' if small else model} {name}"):
-                yield from compare(case, KINDS[name], shapes, "torch" in peers, Settings.for_run(device, quick), ceilings, say)
+                yield from compare(case, KINDS[name], shapes, "torch" in peers, settings, ceilings, say)
                 if device == "cuda":
                     torch.cuda.empty_cache()
 
@@ -106,8 +106,8 @@ def compare(
             row.ms, row.ms_p20, row.ms_p80, row.turns = median(ms), percentile(ms, 0.2), percentile(ms, 0.8), len(ms)
             row.tbps = total / row.ms * 1e-9
             row.pct_of_ceiling = 100e3 * row.tbps / ceilings["copy_gbps"]
-            if row.impl in clock.enqueue_s:
-                say(f"{case}: {row.impl} {row.ms:.3g} ms; enqueued in {clock.enqueue_s[row.impl] / 2 * 1e3:.2g} ms of the CPU")
+            if (seconds := clock.enqueue_s.get(row.impl)) is not None:
+                say(f"{case}: {row.impl} {row.ms:.3g} ms; the CPU enqueues a step in {seconds / 2 * 1e3:.2g} ms")
     return found
 
 
@@ -147,6 +147,6 @@ def _stepping(optimizer: Callable, weights: list[Tensor], grads: list[Tensor], s
 
 def after_a_step(weight: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
     w = weight.double()
-    adamw_torch_([w], [grad.double() / scale.double()], *([torch.zeros_like(w)] for _ in range(2)), [torch.zeros_like(scale)],
-                 **OPTIONS)
+    moments = ([torch.zeros_like(w)] for _ in range(2))
+    adamw_torch_([w], [grad.double() / scale.double()], *moments, [torch.zeros_like(scale)], **OPTIONS)
     return w

@@ -125,8 +125,8 @@ def test_tensors_are_grouped_by_dtype_and_alignment(monkeypatch):
 
 
 def test_offsets_beyond_32_bits():
-    """The tensor's last block alone, from a table whose addresses are so far before the memory that is touched. Offsets cut to
-    32 bits would reach the untouched start of the buffer."""
+    """The tensor's last block alone, from a table whose addresses are so far before the memory that is touched. Offsets
+    cut to 32 bits would reach the untouched start of the buffer."""
     from training.adamw_kernel import BLOCK
 
     first, numbers = (1 << 31) // BLOCK, (1e-2, 0.0, 0.9, 0.1, 0.95, 0.05, 1e-8)
@@ -144,7 +144,8 @@ def test_offsets_beyond_32_bits():
     launch_at(first, [[*pointers, 0, 0, 0, first * BLOCK + 5]], corrections, numbers)
     w, g, m, v = far.view(4, BLOCK).float()
     assert torch.allclose(w[:5], torch.tensor(0.99, device=DEVICE), atol=4e-3) and (w[5:] == 1).all()
-    assert (m[:5] > 0.09).all() and (m[5:] == 0).all() and (v[:5] > 0.04).all() and (v[5:] == 0).all() and (g == 1).all()
+    assert (m[:5] > 0.09).all() and (v[:5] > 0.04).all() and (g == 1).all()
+    assert (m[5:] == 0).all() and (v[5:] == 0).all()
     assert DEVICE != "cpu" or (near == 7).all()
 
 
@@ -155,7 +156,7 @@ def launch_at(first, rows, corrections, numbers):
 
     table = torch.tensor([[*row, -first] for row in rows], dtype=torch.int64, device=DEVICE)
     adamw_kernel[(1,)](
-        table, corrections, None, None, len(rows), *numbers, W=tl.bfloat16, G=tl.bfloat16, M=tl.bfloat16, V=tl.bfloat16, C=None,
+        table, corrections, None, None, len(rows), *numbers, **dict.fromkeys("WGMV", tl.bfloat16), C=None,
         STOCHASTIC=False, ALIGNED=False, PRECISE=False, HALVINGS=0, BLOCK=BLOCK,
     )
 
@@ -263,7 +264,8 @@ def run(net, optimizer, seeds):
 
 
 def groups(net):
-    return [{"params": [p for p in net.parameters() if p.dim() == d], "weight_decay": wd} for d, wd in ((2, 0.1), (1, 0.0))]
+    by_dim = {d: [p for p in net.parameters() if p.dim() == d] for d in (2, 1)}
+    return [{"params": by_dim[2], "weight_decay": 0.1}, {"params": by_dim[1], "weight_decay": 0.0}]
 
 
 def same(a, b):
@@ -312,10 +314,21 @@ def test_clipping_by_grad_scale_and_skipping_by_found_inf(dtype):
         assert a.state[p]["step"] == b.state[q]["step"] == 2
 
 
-def test_the_kernel_takes_what_it_can(monkeypatch):
+@pytest.fixture
+def seen(monkeypatch):
+    """The weights that the kernel gets."""
+    weights_seen = []
+
+    def seeing(weights, *args, **options):
+        weights_seen.extend(weights)
+        adamw_fused_(weights, *args, **options)
+
+    monkeypatch.setattr(adamw, "adamw_fused_", seeing)
+    return weights_seen
+
+
+def test_the_kernel_takes_what_it_can(seen):
     """The rest is torch's, bit for bit."""
-    seen = []
-    monkeypatch.setattr(adamw, "adamw_fused_", lambda weights, *args, **kw: (seen.extend(weights), adamw_fused_(weights, *args, **kw)))
     torch.manual_seed(1)
     kinds = {"plain": torch.randn(4, 6), "double": torch.randn(4, 6).double(), "transposed": torch.randn(6, 4).T}
     ours, theirs = ({n: nn.Parameter(t.clone().to(DEVICE)) for n, t in kinds.items()} for _ in range(2))
@@ -348,17 +361,16 @@ def test_parameters_without_gradient_are_left_alone():
     fill_grads(net, 0)
     net[0].weight.grad, before = None, net[0].weight.detach().clone()
     assert optimizer.step(lambda: 5.0) == 5.0
-    assert torch.equal(net[0].weight, before) and net[0].weight not in optimizer.state and optimizer.state[net[1].weight]["step"] == 1
+    assert torch.equal(net[0].weight, before) and net[0].weight not in optimizer.state
+    assert optimizer.state[net[1].weight]["step"] == 1
 
 
 @pytest.mark.parametrize("placed, fused", [("alike", 2), ("apart", 0)])
-def test_dtensors(placed, fused, monkeypatch):
+def test_dtensors(placed, fused, seen):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    seen = []
-    monkeypatch.setattr(adamw, "adamw_fused_", lambda weights, *args, **kw: (seen.extend(weights), adamw_fused_(weights, *args, **kw)))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh, start = init_device_mesh(DEVICE, (1,)), torch.randn(6, 4)
@@ -379,7 +391,8 @@ def test_dtensors(placed, fused, monkeypatch):
 
 @pytest.mark.parametrize("option, words", [
     ({"amsgrad": True}, "amsgrad is True; expected False"), ({"maximize": True}, "maximize is True"),
-    ({"differentiable": True}, "differentiable is True"), ({"lr": torch.tensor(0.1)}, "lr is a tensor; expected a number"),
+    ({"differentiable": True}, "differentiable is True"),
+    ({"lr": torch.tensor(0.1)}, "lr is a tensor; expected a number"),
 ])
 def test_refused_options(option, words):
     net = model()
