@@ -2,8 +2,8 @@
 
     python -m benchmarks.aot_triton [--op OP ...] [--json FILE]
 
-The kernels are compiled for the very launches that qwen3_kernels/triton makes at the sizes of Qwen3: the backends run on
-meta tensors, with the launch itself replaced by a note of its arguments.
+The kernels are compiled for the very launches that qwen3_kernels/triton and training/adamw make at the sizes of Qwen3:
+they run on meta tensors, with the launch itself replaced by a note of its arguments.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qwen3_kernels import dispatch
 from qwen3_kernels.ops.moe_router import Plan
+from training.adamw import adamw_fused_
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
@@ -164,6 +165,21 @@ def _paged_attention(
     return calls
 
 
+def _adamw(
+    weight: torch.dtype, moment: torch.dtype, size: int = 1 << 20, copy: torch.dtype | None = None,
+    stochastic: bool = False,
+) -> Callable[[], None]:
+    def calls():
+        tensors = [[meta(size, dtype=dtype) for _ in range(310)] for dtype in (weight, weight, moment, moment)]
+        steps, one = [meta(dtype=FP32) for _ in range(310)], meta(dtype=FP32)
+        adamw_fused_(
+            *tensors, steps, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, scale=one, skip=one,
+            copies=[meta(size, dtype=copy) for _ in steps] if copy else None, keys=range(310) if stochastic else None,
+        )
+
+    return calls
+
+
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 CASES: dict[str, dict[str, Callable[[], None]]] = {
     "rms_norm": {
@@ -219,6 +235,13 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "16+8x64 bf16": _paged_attention(8, 1, 16, 8, 64, BF16, BF16),
         "32+8x128 fp32": _paged_attention(8, 1, 32, 8, 128, FP32, FP32),
         "32+8x128 fp32, fp8": _paged_attention(8, 1, 32, 8, 128, FP32, FP8),
+    },
+    "adamw": {
+        "bf16": _adamw(BF16, BF16),
+        "bf16 stochastic": _adamw(BF16, BF16, stochastic=True),
+        "bf16, fp32 stochastic": _adamw(BF16, FP32, stochastic=True),
+        "fp32, bf16 copy": _adamw(FP32, FP32, copy=BF16),
+        "bf16 odd": _adamw(BF16, BF16, size=1001),
     },
 }
 

@@ -14,6 +14,15 @@ GOLDEN, MUL_1, MUL_2 = (tl.constexpr(x) for x in (sampling._GOLDEN, sampling._MU
 
 
 @triton.jit
+def splitmix64(key, counter):
+    """`qwen3_model.sampling._hash`: output number ``counter`` of the generator with state ``key``, int64."""
+    x = key + (counter + 1) * GOLDEN
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * MUL_1  # the masks make the shifts logical
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * MUL_2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
 def kernel(logits, stride, seeds, ids, V, temperature, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     key = tl.load(seeds + row)
@@ -22,11 +31,7 @@ def kernel(logits, stride, seeds, ids, V, temperature, BLOCK: tl.constexpr):
     at = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, V, BLOCK):
         token = (start + places).to(tl.int64)
-        x = key + (token + 1) * GOLDEN
-        x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * MUL_1  # the masks make the shifts logical
-        x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * MUL_2
-        x = x ^ ((x >> 31) & 0x1FFFFFFFF)
-        bits = (x >> 12) & 0xFFFFFFFFFFFFF
+        bits = (splitmix64(key, token) >> 12) & 0xFFFFFFFFFFFFF
         # 1 - uniform is a multiple of 2^-53, hence exact, and its logarithm is the log1p of the reference.
         uniform = (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
         noise = -tl.log(-tl.log(1.0 - uniform))

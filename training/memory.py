@@ -244,10 +244,13 @@ class _Step:
         return Estimate(moment, **sizes)
 
     def update(self) -> int:
-        """Float32 copies of a piece of a parameter, what rounds them and what orthogonalises them."""
+        """Float32 copies of a piece of a parameter, what rounds them and what orthogonalises them. AdamW's kernel on
+        CUDA needs none."""
         sizes = [0]
         for name, p in self.shapes.items():
             muon = self._muon(name)
+            if self.device == "cuda" and not muon:
+                continue
             copies = (1 if muon else 2) * (self.config.optimizer_states == "bfloat16")
             copies += self.b < 4 and not self.masters
             work, piece = 11 if copies else 0, PIECE

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
+
+from . import adamw
 
 SCHEDULES = ("wsd", "cosine")
 OPTIMIZERS = ("adamw", "muon")
@@ -53,19 +55,11 @@ def lr_scale(
 
 
 @torch.no_grad()
-def clip_grad_norm_(grads: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales ``grads`` in place to a global 2-norm of at most ``max_norm``; returns the norm before, a device scalar
-    that was never read on the host. Raises ValueError for max_norm <= 0 (inf: only measure)."""
-    grads = list(grads)
-    norm, factor = clip_factor(grads, max_norm)
-    torch._foreach_mul_(grads, factor)
-    return norm
-
-
 def clip_factor(grads: Iterable[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """(global 2-norm, what clipping to ``max_norm`` multiplies by), float32 scalars on the device. For torch's fused
-    optimizers, whose ``grad_scale`` divides as the step reads: bfloat16 gradients are multiplied a tensor at a time
-    otherwise (3.1 ms for 0.6B parameters on an H100, of which memory needs 0.8)."""
+    """(global 2-norm, what clipping to ``max_norm`` multiplies by), float32 scalars on the device that were never read on
+    the host. For fused optimizers, whose ``grad_scale`` divides as the step reads: bfloat16 gradients are multiplied a
+    tensor at a time otherwise (3.1 ms for 0.6B parameters on an H100, of which memory needs 0.8). Raises ValueError for
+    max_norm <= 0 (inf: only measure)."""
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; expected above 0 (inf: no clipping)")
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32)))
@@ -80,23 +74,6 @@ def round_stochastic_(out: Tensor, x: Tensor, generator: torch.Generator) -> Non
     bits = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     bits.add_(x.view(torch.int32)).bitwise_and_(-(1 << 16))
     out.copy_(torch.where(x.isfinite(), bits.view(torch.float32), x))
-
-
-@torch.no_grad()
-def adamw_(
-    weights: list[Tensor], grads: list[Tensor], moments: list[Tensor], squares: list[Tensor], *, step: int, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float, skip: Tensor | None = None,
-) -> None:
-    """torch's AdamW step, fused (one pass over memory) where torch can. All float32; ``step`` counts from 1. With ``skip``
-    of 1 (a float32 scalar on the device) nothing changes."""
-    if not weights:
-        return
-    device = weights[0].device
-    steps = list(torch.full((len(weights),), step - 1.0, device=device).unbind())  # torch adds the 1
-    adamw(
-        weights, grads, moments, squares, [], steps, fused=device.type in ("cpu", "cuda") or None, amsgrad=False,
-        beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps, maximize=False, found_inf=skip,
-    )
 
 
 def orthogonalised(x_BMN: Tensor, steps: int = 5) -> Tensor:
@@ -177,7 +154,8 @@ class Optimizer:
         seed: of the stochastic rounding, which is a function of seed, step and parameter name (per type of device).
         guard: if given, steps it tells to skip change neither weights nor moments. They count in AdamW's bias correction.
 
-    State is addressed by parameter name. A step reads nothing from the device.
+    State is addressed by parameter name. A step reads nothing from the device. On CUDA, AdamW is one pass over memory
+    with the kernel of `adamw`; what that does not take, and Muon, goes through torch, in float32 a piece at a time.
 
     Raises:
         ValueError: unknown options, dtypes other than float32 and bfloat16, or nothing for Muon to do.
@@ -209,8 +187,11 @@ class Optimizer:
                 (("momentum",) if n in self._muon else ("exp_avg", "exp_avg_sq"))} for n, w in self._weights.items()
         }
         self._step, self._seed, self.guard = 0, seed, guard
+        self._stochastic = states != "float32"
         self._options, self._weight_decay = {"betas": betas, "eps": eps}, weight_decay
         self._generators = {p.device: torch.Generator(p.device) for p in self._params.values()}
+        for device in self._generators:
+            adamw.runs(device)  # now, as it waits for the device
 
     @staticmethod
     def _move_grad(master: Tensor):
@@ -225,24 +206,44 @@ class Optimizer:
         """Clips, updates and drops the gradients; parameters without one are left alone. Returns the gradient norm
         before clipping, on the device. ``loss`` is for the guard, which needs it."""
         live = {n: w for n, w in self._weights.items() if w.grad is not None}
-        norm = clip_grad_norm_((w.grad for w in live.values()), max_norm)
+        norm, factor = clip_factor((w.grad for w in live.values()), max_norm)
         skip = None if self.guard is None else self.guard(loss, norm)
         self._step += 1
-        for decay in dict.fromkeys((self._weight_decay, 0.0)):  # all that is float32 in one go
-            names = [n for n in live if self._decay(n) == decay and not (n in self._muon or self._in_pieces(n))]
-            adamw_(
-                [live[n] for n in names], [live[n].grad for n in names],
-                *([self._moments[n][key] for n in names] for key in ("exp_avg", "exp_avg_sq")),
-                step=self._step, lr=lr, weight_decay=decay, skip=skip, **self._options,
-            )
-        for name in live:
-            if name in self._muon or self._in_pieces(name):
+        pairs = [n for n in live if n not in self._muon]
+        fused = {n for n in pairs if adamw.fits(live[n], live[n].grad, *self._moments[n].values())}
+        if unscaled := [w.grad for n, w in live.items() if n not in fused]:
+            torch._foreach_mul_(unscaled, factor)
+        together = defaultdict(list)
+        for name, w in live.items():
+            if name in fused or not (name in self._muon or self._in_pieces(name)):
+                together[name in fused, self._decay(name), w is self._params[name]].append(name)
+            else:
                 self._step_in_pieces(name, lr, skip)
+        for (by_kernel, decay, alone), names in together.items():
+            weights = [live[n] for n in names]
+            update, extra = adamw.adamw_torch_, {}
+            if by_kernel:
+                keys = [self._key(n) >> 1 for n in names] if self._stochastic else None
+                copies = None if alone else [self._params[n] for n in names]
+                update, extra = adamw.adamw_fused_, {"scale": factor.reciprocal(), "copies": copies, "keys": keys}
+            moments, squares = ([self._moments[n][key] for n in names] for key in ("exp_avg", "exp_avg_sq"))
+            update(
+                weights, [w.grad for w in weights], moments, squares, self._steps(weights),
+                lr=lr, weight_decay=decay, skip=skip, **extra, **self._options,
+            )
         for name, w in live.items():
             w.grad = None
-            if w is not self._params[name]:
+            if w is not self._params[name] and name not in fused:
                 self._params[name].copy_(w)
         return norm
+
+    def _steps(self, weights: list[Tensor]) -> list[Tensor]:
+        """The steps before this one, for each weight."""
+        return list(torch.full((len(weights),), self._step - 1.0, device=weights[0].device).unbind())
+
+    def _key(self, name: str) -> int:
+        """64 bits, of the noise for a parameter at this step."""
+        return int.from_bytes(hashlib.sha256(f"{self._seed} {self._step} {name}".encode()).digest()[:8])
 
     def _decay(self, name: str) -> float:
         return self._weight_decay if self._params[name].dim() >= 2 else 0.0
@@ -253,13 +254,14 @@ class Optimizer:
     def _step_in_pieces(self, name: str, lr: float, skip: Tensor | None) -> None:
         weight, options = self._weights[name], {"lr": lr, "weight_decay": self._decay(name)}
         generator = self._generators[weight.device]
-        generator.manual_seed(int.from_bytes(hashlib.sha256(f"{self._seed} {self._step} {name}".encode()).digest()[:8]))
+        generator.manual_seed(self._key(name))
         for grad, *kept in zip(*(self._pieces(name, t) for t in (weight.grad, weight, *self._moments[name].values()))):
             grad, wide = grad.float(), [t.float() if skip is None else t.to(torch.float32, copy=True) for t in kept]
             if name in self._muon:
                 muon_(wide[0], grad, wide[1], **options)
             else:
-                adamw_([wide[0]], [grad], [wide[1]], [wide[2]], step=self._step, **options, **self._options)
+                columns = ([t] for t in (wide[0], grad, *wide[1:]))
+                adamw.adamw_torch_(*columns, self._steps(wide[:1]), **options, **self._options)
             for t, x in zip(kept, wide):
                 x = x if skip is None else torch.where(skip > 0, t.float(), x)
                 if t.dtype != torch.float32:

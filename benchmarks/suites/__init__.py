@@ -14,6 +14,7 @@ SUITES = {
     "attention": "causal grouped-query attention, batched and packed",
     "decode": "attention of one new token a row over a paged KV cache, in bf16 and fp8",
     "moe": "experts and router of a mixture, in training and decoding, balanced and skewed",
+    "optimizer": "a step of AdamW for all parameters of a model, by what is kept per parameter",
     "train_step": "a whole training step with optimizer, a process per implementation (CUDA)",
     "generate": "a whole model: prefill, and greedy generation with a KV cache",
 }

@@ -34,7 +34,9 @@ def test_every_kernel_of_every_op_is_compiled(rows):
     } | {("moe_router", kernel) for kernel in ("count_kernel", "place_kernel")} | {
         ("moe_experts", f"{kernel}_kernel") for kernel in
         ("up", "rows", "down_backward", "weight_grad", "combine", "tiles", "dweights", "decode_up", "decode_down")
-    } | {("paged_attention", f"{kernel}_kernel") for kernel in ("split", "combine", "write")}
+    } | {("paged_attention", f"{kernel}_kernel") for kernel in ("split", "combine", "write")} | {
+        ("adamw", f"{kernel}_kernel") for kernel in ("adamw", "count")
+    }
 
 
 def test_products_read_in_units_of_16_bytes(rows):
@@ -76,6 +78,13 @@ def test_activations_move_16_bytes_at_a_time(rows):
     ]
     assert len(elementwise) > 10
     assert [r for r in elementwise if r["wide_accesses"] != r["accesses"]] == []
+
+
+def test_adamw_moves_16_bytes_at_a_time(rows):
+    """A thread's 8 values are one access of a bfloat16 tensor, two of a float32 one; the rest are scalars of the table."""
+    wide = {r["case"]: r["wide_accesses"] for r in rows if r["kernel"] == "adamw_kernel"}
+    assert wide == {"bf16": 7, "bf16 stochastic": 7, "bf16, fp32 stochastic": 3 + 2 * 4, "fp32, bf16 copy": 2 * 7 + 1,
+                    "bf16 odd": 0}
 
 
 def test_heads_need_no_shared_memory(rows):

@@ -78,3 +78,17 @@ def trainer_command():
         return args
 
     return command
+
+
+@pytest.fixture
+def adamw_kernel(monkeypatch):
+    """AdamW's kernel runs, without a GPU under Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("training.adamw.runs", lambda device: True)
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "kernel"])
+def adamw_both(request):
+    """Once with torch's steps of AdamW, once with the kernel's."""
+    if request.param:
+        request.getfixturevalue("adamw_kernel")

@@ -133,6 +133,17 @@ def test_peak_of_a_real_step(model, changes, moment):
     assert estimate.total == pytest.approx(measured(config, MODELS[model], "cpu"), rel=0.05)
 
 
+@pytest.mark.parametrize("states", STATES)
+def test_adamw_needs_no_copies_on_cuda(states):
+    """There its kernel reads and writes what is kept; Muon and a CPU work on float32 pieces."""
+    sizes = {
+        (kind, device): _Step(settings(dtype="bfloat16", optimizer=kind, optimizer_states=states), DENSE, device).update()
+        for kind in OPTIMIZERS for device in ("cpu", "cuda")
+    }
+    assert sizes["adamw", "cuda"] == 0 < sizes["muon", "cuda"]
+    assert (sizes["adamw", "cpu"] > 0) == (states != "float32")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_peak_of_a_loss_in_many_chunks(dtype, monkeypatch):
     module = importlib.import_module("qwen3_kernels.ops.linear_cross_entropy")  # the package has the function

@@ -49,6 +49,7 @@ class Layers(nn.Module):
         self.to(dtype)
 
 
+@pytest.mark.usefixtures("adamw_both")
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("states, dtype", [("float32", torch.float32), ("float32", torch.bfloat16),
                                            ("float32-moments", torch.bfloat16), ("bfloat16", torch.bfloat16)], ids=str)
