@@ -7,7 +7,7 @@
 #     peers      unpack the wheels in .whl/, when there are any
 #     doctor     which backend runs each op, with its self-check
 #     tests      the tests marked gpu, and the kernel tests on the GPU
-#     sanitizer  compute-sanitizer memcheck of the CUDA rms_norm
+#     sanitizer  compute-sanitizer: memcheck of all kernels, racecheck of the compiled ones
 #     bench      all suites against every installed peer
 #     parity     the model against transformers
 #
@@ -95,22 +95,12 @@ step_tests() {
 }
 
 step_sanitizer() {
-  # Without torch's caching allocator every tensor is an allocation of its own, so an overrun is seen.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 limit 150 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" - <<'PY'
-import torch
-from qwen3_kernels import dispatch, rms_norm
-
-with dispatch.use("cuda", "rms_norm"):
-    for rows, width in ((1, 1), (3, 7), (5, 72), (33, 1024), (17, 4100), (2, 16384)):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            x, r = (torch.randn(rows, width, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
-            w = torch.randn(width, device="cuda", dtype=dtype, requires_grad=True)
-            y, h = rms_norm(x, w, 1e-6, r)
-            torch.autograd.grad((y, h), (x, w, r), (torch.randn_like(y), torch.randn_like(h)))
-            torch.autograd.grad(rms_norm(x, w), (x, w), torch.randn_like(x))
-torch.cuda.synchronize()
-print("rms_norm forward and backward ran at 6 shapes in 3 dtypes")
-PY
+  local status=0
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # an overrun of one tensor is one of an allocation
+  limit 150 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m benchmarks.sanitize || status=1
+  limit 150 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m benchmarks.sanitize --backend cuda || status=1
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+  return $status
 }
 
 step_bench() {
@@ -123,7 +113,7 @@ step_parity() {
   limit 150 "$PYTHON" -m benchmarks.parity --device cuda
 }
 
-declare -A lines=([build]=3 [peers]=3 [doctor]=40 [tests]=12 [sanitizer]=4 [bench]=90 [parity]=30)
+declare -A lines=([build]=3 [peers]=3 [doctor]=40 [tests]=12 [sanitizer]=8 [bench]=90 [parity]=30)
 summary=() failed=0
 echo "$gpu; logs and results in $OUT" | tee -a "$log"
 for step in "${steps[@]}"; do

@@ -43,7 +43,7 @@ def run(op: str, backend: str, device: str, dtype: torch.dtype) -> float:
     An op's first call may come from anywhere: a checkpointed layer, autocast, inference mode, a trace. All of that
     belongs to the caller's thread, so the check has one of its own.
     """
-    function, ref = _PAIRS[op]
+    function, ref = PAIRS[op]
     index = torch.cuda.current_device() if device == "cuda" else None
 
     def check() -> float:
@@ -162,7 +162,7 @@ def _paged(attend: Callable) -> Callable:
     return run
 
 
-_PAIRS = {
+PAIRS = {
     "rms_norm": (rms_norm, rms_norm_ref),
     "swiglu": (swiglu, swiglu_ref),
     "cross_entropy": (cross_entropy, cross_entropy_ref),
