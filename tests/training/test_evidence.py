@@ -26,7 +26,7 @@ from training.files import write_json
 from training.filters import Candidate, query_reason, response_reason
 from training.recipes import evidence, evidence_bench, evidence_data, evidence_pack, evidence_report
 from training.recipes.evidence import Evidence
-from training.recipes.worked import solution
+from training.recipes.worked import expression, solution
 from training.rewards import Reply, find, reserved
 from training.rewards.families import GENERAL, NO_THINK, SCORERS, make
 from training.rewards.workers import Pool
@@ -59,7 +59,7 @@ def test_worked_solutions_are_right(pool):
     ("gym/knights_knaves", 0, r"(.*: \w+ says what is (true|false), no\n)*.*: all fits"),
     ("gym/calendar_arithmetic", 0, r"2022: 5; \w+: \d; 5 \+ \d \+ \d+ = \d+; (\d+ % 7 = \d; )?\d \w+day"),
     ("gym/time_intervals", 1, r".*(days|hours) -?\d+ - -?\d+.* = .*; [-\d]+( days|:).*"),
-    ("gym/lcm", 0, r".*; gcd \d+; \d+ / \d+ = \d+; \d+ \* \d+0* = \d+.*"),
+    ("gym/lcm", 0, r".*; gcd \d+; \d+ / \d+ = \d+(; \d+ \* \d0* = \d+(; \d+ \+ \d+ = \d+)?)+"),
 ])
 def test_worked_thinking_is_in_steps(name, level, ends, pool):
     """That are true, every equation of them."""
@@ -71,6 +71,10 @@ def test_worked_thinking_is_in_steps(name, level, ends, pool):
             for left, right in re.findall(r"([-\d][-+*/% \d]*) = (-?\d+)", thought):
                 assert eval(re.sub(r"\b0+(?=\d)", "", left)) == int(right), thought
     assert solved > 30
+
+
+def test_worked_thinking_ends_with_the_answer():
+    assert expression("-( -3 * -4 ) + 2", "-10") == "-3 * -4 = 12; -(12) = -12; -12 + 2 = -10"
 
 
 def test_worked_solutions_pass_the_filters(pool):
@@ -305,7 +309,7 @@ def test_the_whole_chain(tmp_path, monkeypatch, model):
     found = evidence_report.read(out / model)
     assert found.keys() == {"s1", "s2", "s3", "cold", "rl-0", "fusion", "general", "distill", "control"}
     assert found["s2"]["held_out"]["loss"] < 6.5 and found["s3"]["seq_len"] == 2048
-    assert found["cold"]["funnel"]["kept"] > 0 and found["cold"]["funnel"]["query: no worked thinking"] >= 0
+    assert tuple(found["cold"]["funnel"]) == evidence_bench.FUNNEL and found["cold"]["funnel"]["kept"] > 0
     assert "too hard" in found["control"]["refusal"] and found["s3"]["without_think"] == 0
     assert len(found["general"]["families"]) >= 20 and found["general"]["steps"] >= 1
     before = (out / model / "s1.json").stat().st_mtime_ns

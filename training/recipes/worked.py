@@ -59,6 +59,8 @@ def evaluate(node: ast.AST, steps: list[str]) -> int | Fraction | None:
         return node.value if isinstance(node.value, int) else None
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = evaluate(node.operand, steps)
+        if value is not None and not isinstance(node.operand, ast.Constant):
+            steps.append(f"-({value}) = {-value}")
         return None if value is None else -value
     if not isinstance(node, ast.BinOp) or type(node.op) not in SIGNS:
         return None
