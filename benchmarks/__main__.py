@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from training.environment import commit
+
 from . import ceilings, harness, peers, plot, suites
 from .harness import Row
 from .tables import comparisons, number
@@ -92,7 +94,7 @@ class Report:
         self.ceilings: dict[str, float] = {}
 
     def start(self) -> None:
-        self.say(f"{harness.device_name(self.device)}; torch {torch.__version__}; commit {harness.commit()}")
+        self.say(f"{harness.device_name(self.device)}; torch {torch.__version__}; commit {commit()}")
         for name, state in self.peer_status.items():
             self.say(f"  peer {name}: {state}")
         with self.progress() as say:
@@ -150,7 +152,7 @@ class Report:
         distributions = sorted({peers.PEERS[n].distribution for n in self.peer_names} - {"torch", "transformers"})
         return {
             "gpu": harness.device_name(self.device), "device": self.device,
-            "versions": harness.versions(distributions), "commit": harness.commit(),
+            "versions": harness.versions(distributions), "commit": commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "threads": torch.get_num_threads(), "quick": self.args.quick, "ceilings": self.ceilings,
             "peers": self.peer_status, "rows": [r.to_dict() for r in self.rows],

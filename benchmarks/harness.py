@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -450,19 +449,3 @@ def versions(distributions: Sequence[str] = ()) -> dict[str, str]:
     if torch.version.cuda:
         own["cuda"] = torch.version.cuda
     return own | {n: v for n, v in found.items() if v is not None}
-
-
-def commit() -> str:
-    """HEAD of the repository this file is in, with ``-dirty`` when files differ; without one, ``$QWEN3_COMMIT``."""
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    top, head = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
-    if top is None or head is None or Path(top).resolve() != ROOT:
-        return os.environ.get("QWEN3_COMMIT", "unknown")
-    return head + ("-dirty" if git("status", "--porcelain") else "")

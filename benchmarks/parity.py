@@ -30,6 +30,7 @@ from torch import Tensor
 from qwen3_kernels import dispatch
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
+from training.environment import commit
 
 from . import harness
 from .__main__ import align, pick_device
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         report = {
             "gpu": harness.device_name(device), "device": device, "versions": harness.versions(),
-            "commit": harness.commit(), "quick": args.quick, "backends": backends,
+            "commit": commit(), "quick": args.quick, "backends": backends,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "rows": [r.to_dict() for r in rows],
         }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 
 import qwen3_kernels
 from qwen3_kernels import dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def kernels(device: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
@@ -38,6 +42,22 @@ def device_name(device: str) -> str:
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
         if info.exists() else []
     return names[0] if names else platform.machine()
+
+
+def commit() -> str:
+    """HEAD of the repository this file is in, with ``-dirty`` when files differ; without one, ``$QWEN3_COMMIT``."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    top, head = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
+    if top is None or head is None or Path(top).resolve() != ROOT:
+        return os.environ.get("QWEN3_COMMIT", "unknown")
+    return head + ("-dirty" if git("status", "--porcelain") else "")
 
 
 def file_sha256(path: Path) -> str:

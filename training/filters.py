@@ -19,6 +19,11 @@ Judge = Callable[[str], bool]
 """Answers a yes/no question about a text."""
 
 _PARTS = re.compile(r"(?:^|\s)\(?(?:[a-h]|i{1,3}|iv)\)\s|(?:^|\n)\s*(?:part\s+\w|\d+[.)])\s", re.IGNORECASE)
+_ASKED = re.compile(  # of a part, else it only tells something, as a premise or a choice does
+    r"\?|^\W*(?:calculate|compute|describe|determine|draw|evaluate|explain|express|factor|find|give|how|list|name|prove|show"
+    r"|simplify|sketch|solve|state|what|when|where|which|who|why|write)\b",
+    re.IGNORECASE,
+)
 _WRITING = re.compile(
     r"\b(?:write|compose|draft|tell me)\b.{0,40}\b(?:story|poem|essay|letter|email|blog|song|article|speech)\b",
     re.IGNORECASE,
@@ -57,7 +62,7 @@ def query_reason(
     query: str, *, answers_directly: Callable[[str], bool] | None = None, judge: Judge | None = None
 ) -> str | None:
     """Why a query is dropped, or None. ``answers_directly``: whether a model gets it right without thinking."""
-    if len(_PARTS.findall(query)) >= 2 or query.count("?") >= 3:
+    if sum(bool(_ASKED.search(part)) for part in _PARTS.split(query)[1:]) >= 2 or query.count("?") >= 3:
         return "several parts"
     if _WRITING.search(query) or (judge is not None and not judge(f"Can one short answer to this be checked?\n\n{query}")):
         return "not verifiable"
@@ -157,6 +162,22 @@ class Validation:
         own = self._of(query)
         shared = Counter(i for s in own for i in self._index.get(s, ()))
         return max((n / (len(own) + len(self._shingles[i]) - n) for i, n in shared.items()), default=0.0)
+
+
+class Contents(Validation):
+    """Held-out problems of one template, which are all alike by `Validation`. Compared are words, numbers and signs, in any
+    order, without those that over half of the problems have: the same problem with its terms in another order, or put
+    otherwise, is near; another one is not. Opposites such as 2 - 1 and 1 - 2 count as near, too."""
+
+    def __init__(self, queries: Iterable[str], limit: float = 0.9):
+        queries, self._template = [*queries], frozenset()
+        counts = Counter(w for q in queries for w in self._of(q))
+        self._template = frozenset(w for w, n in counts.items() if n > len(queries) / 2)
+        super().__init__(queries, limit)
+
+    def _of(self, text: str) -> set[tuple[str, int]]:
+        words = Counter(re.findall(r"\w+|[^\w\s]", text.lower()))
+        return {(w, i) for w, n in words.items() for i in range(n)} - self._template
 
 
 def cold_start(

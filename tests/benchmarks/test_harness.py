@@ -223,17 +223,6 @@ class TestCommandLine:
         found = peers.impls(square_case(), ["torch"], "cpu")
         assert rows_of(found)["torch", "fwd"].error == "ImportError: built for another torch"
 
-    @pytest.mark.parametrize("git,env,expected", [(True, "x", None), (False, "x", "x"), (False, None, "unknown")])
-    def test_commit(self, git, env, expected, monkeypatch, tmp_path):
-        monkeypatch.delenv("QWEN3_COMMIT", raising=False)
-        if env:
-            monkeypatch.setenv("QWEN3_COMMIT", env)
-        if not git:
-            monkeypatch.setattr(harness, "ROOT", tmp_path)
-            assert harness.commit() == expected
-        elif (harness.ROOT / ".git").exists():
-            assert len(harness.commit().removesuffix("-dirty")) == 40
-
 
 @pytest.mark.parametrize("suite", [s for s in suites.SUITES if s != "train_step"])  # that one is for CUDA
 def test_every_suite_runs_on_the_cpu(suite, tmp_path, capsys):

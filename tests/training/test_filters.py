@@ -1,7 +1,7 @@
 import pytest
 
 from training.filters import (
-    Candidate, Funnel, Validation, cold_start, consistent, mixes_languages, query_reason, repetition, response_reason,
+    Candidate, Contents, Funnel, Validation, cold_start, consistent, mixes_languages, query_reason, repetition, response_reason,
 )
 
 GOOD = Candidate("What is 12 * 11?", "12 * 11 is 12 * 10 plus 12, so 120 + 12 = 132.", "The answer is 132.", True)
@@ -15,6 +15,8 @@ def changed(**fields):
     ("What is 12 * 11?", None),
     ("Let f(x) = x^2. (a) Find f'. (b) Find the minimum.", "several parts"),
     ("1. What is x? 2. What is y? 3. What is z?", "several parts"),
+    ("Given:\n1. All fish are chefs\n2. No chefs are kings\nDoes it follow that no fish are kings?", None),
+    ("How many legs has a spider? (a) 6 (b) 8 (c) 10", None),
     ("Write a short poem about the sea.", "not verifiable"), ("Tell me a story of a fox.", "not verifiable"),
     ("Write 12 in base 3.", None),
 ])
@@ -45,6 +47,18 @@ def test_near_validation_items():
     assert response_reason(near, validation) == "near a validation item"
     assert response_reason(GOOD, validation) is None
     assert validation.likeness("3+5-2") == 1 and validation.likeness("3+5-4") < 1
+
+
+def test_near_validation_items_of_a_template():
+    """Only what differs between the held-out problems counts, in any order."""
+    asked = "Calculate from left to right: {}.".format
+    held = [asked(f"{a} + {b} - {a * b}") for a, b in ((12, 7), (3, 45), (6, 8), (9, 2))]
+    validation, same, other = Contents(held), asked("7 + 12 - 84"), asked("4 + 5 - 20")
+    assert Validation(held).likeness(other) > 0.6
+    assert validation.likeness(held[0]) == validation.likeness(same) == 1
+    assert validation.likeness(asked("7 + 12 - 85")) <= 0.5 and validation.likeness(asked("")) == 0
+    assert response_reason(changed(query=same), validation) == "near a validation item"
+    assert response_reason(changed(query=other), validation) is None
 
 
 def test_repetition():

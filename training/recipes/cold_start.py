@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ def recipe(start: Path, data: Path, out: Path, **changes: Any) -> SFTConfig:
 
 
 def conversations(
-    candidates: Sequence[Candidate], validation: Validation, **options: Any
+    candidates: Sequence[Candidate], validation: Validation, *, answers_directly: Callable[[str], bool] | None = None,
+    **options: Any,
 ) -> tuple[list[list[dict[str, Any]]], Counter]:
-    """What passes the filters, as conversations, and the counts of reasons. ``options`` as `filters.response_reason`."""
-    queries = {c.query: query_reason(c.query) for c in candidates}
+    """What passes the filters, as conversations, and the counts of reasons. ``answers_directly`` as `filters.query_reason`,
+    ``options`` as `filters.response_reason`."""
+    queries = {c.query: query_reason(c.query, answers_directly=answers_directly) for c in candidates}
     kept, counts = cold_start([c for c in candidates if queries[c.query] is None], validation, **options)
     counts.update(f"query: {reason}" for reason in queries.values() if reason)
     return [

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_model.chat import parse
+from qwen3_model.chat import encode_chat, parse
+from qwen3_model.model import Qwen3
+from qwen3_model.tokenizer import Tokenizer
 
-from ..filters import Candidate, Validation
+from ..filters import Candidate, Contents
 from ..rewards import Family, Problem, Reply, find, mixed_seed
 from ..rewards.families import GENERAL, NO_THINK, SCORERS, make
 from ..rewards.workers import Pool
@@ -35,6 +38,11 @@ class Bench:
 
     def close(self) -> None:
         self.pool.close()
+
+    def roller(self, model: Qwen3, tokenizer: Tokenizer) -> Any:
+        length = min(self.sizes.max_prompt + self.sizes.max_tokens, model.config.max_position_embeddings)
+        return roller_for(model, slots=self.sizes.slots, max_len=length, temperature=1.0, stop_ids=tokenizer.stop_ids,
+                          record_experts=False)
 
     def families(self, names: Sequence[str]) -> dict[str, Family]:
         return make(names, self.pool)
@@ -82,9 +90,7 @@ def budget_curve(bench: Bench, folder: Path, names: Sequence[str], device: str) 
             ids = e.turns[0]
             if tok.end_think_id not in ids[: at + 1] and len(ids) > at:
                 cut.append((e, [*ids[:at], *ends]))
-        roller = roller_for(
-            model, slots=sizes.slots, max_len=min(sizes.max_prompt + sizes.max_tokens, model.config.max_position_embeddings),
-            temperature=1.0, stop_ids=tok.stop_ids, record_experts=False)
+        roller = bench.roller(model, tok)
         asked = [
             Request(i, [*e.tokens[: e.prompt], *ids], mixed_seed("budget", budget, i),
                     max(1, min(48, roller.max_len - e.prompt - len(ids)))) for i, (e, ids) in enumerate(cut)
@@ -139,27 +145,58 @@ def direct_answer(problem: Problem) -> str | None:
     return turns[-1]["content"]
 
 
-def cold_talks(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
+FUNNEL = ("query: no worked thinking", "query: several parts", "query: not verifiable", "query: needs no thinking",
+          "wrong answer", "repetition", "guesswork", "inconsistent", "language mixing", "near a validation item", "kept")
+
+
+def cold_talks(bench: Bench, count: int, start: Path, device: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
     """Conversations with worked thinking: of responses, some spoilt on purpose, what passes the filters; tool use and
-    instructions as they are."""
+    instructions as they are. And two counts: "funnel", by reason, and "conversations", by family."""
     rng, families = random.Random(1), bench.families(FAMILIES)
     problems = drawn(families, thinking(FAMILIES), count, "cold")
-    candidates, talks = [], []
+    candidates: dict[str, list[Candidate]] = defaultdict(list)
+    talks, single, funnel = [], [], Counter(dict.fromkeys(FUNNEL, 0))
+    conversations = Counter(dict.fromkeys(thinking(FAMILIES), 0))
     for p in problems:
         turns = solution(p)
         if turns is None:
+            funnel["query: no worked thinking"] += 1
             continue
         if len(turns) > 1 or p.family == "instructions":
             talks.append({"messages": [*p.messages, *turns]} | ({"tools": list(p.tools)} if p.tools else {}))
+            conversations[p.family] += 1
             continue
+        single.append(p)
         query, thought, answer = p.messages[-1]["content"], turns[0]["reasoning_content"], turns[0]["content"]
-        candidates.append(Candidate(query, thought, answer, True))
+        candidates[p.family].append(Candidate(query, thought, answer, True))
         if rng.random() < 0.3:
-            candidates.append(spoilt(query, thought, answer, rng))
-    kept, funnel = cold_start.conversations(candidates, Validation(()), min_thinking=4)
-    talks += [{"messages": c} for c in kept]
+            candidates[p.family].append(spoilt(query, thought, answer, rng))
+    quick = answered_directly(bench, start, single, device)
+    for name, own in candidates.items():
+        evaluated = bench.problems([name, *direct_modes([name])], bench.sizes.eval_problems)
+        near = Contents(p.messages[-1]["content"].removesuffix(NO_THINK) for p in evaluated)
+        kept, counts = cold_start.conversations(own, near, answers_directly=quick.__contains__, min_thinking=4)
+        talks += [{"messages": c} for c in kept]
+        conversations[name] = len(kept)
+        funnel.update(counts)
     rng.shuffle(talks)
-    return talks, dict(funnel)
+    return talks, {"funnel": dict(funnel), "conversations": dict(conversations)}
+
+
+def answered_directly(bench: Bench, folder: Path, problems: Sequence[Problem], device: str, spare: int = 8) -> set[str]:
+    """Queries to which a model gives the right answer, in full, without thinking: it has no room for more than the answer and
+    ``spare`` tokens. Asked as in pre-training, which knows no think blocks, so for a base model."""
+    (model, tok), families = opened(folder, device), bench.families(sorted({p.family for p in problems}))
+    prompts = [encode_chat(tok, p.messages) for p in problems]
+    room = [len(tok.encode(direct_answer(p) or "")) + spare for p in problems]
+    asked = [Request(i, list(ids), mixed_seed("direct", i), n) for i, (ids, n) in enumerate(zip(prompts, room))]
+    replies: dict[str, list[tuple[Problem, Reply]]] = defaultdict(list)
+    for p, r in zip(problems, bench.roller(model, tok).run(asked)):
+        if r.finish_reason == "stop":
+            parsed = parse(r.ids, tok)
+            replies[p.family].append((p, Reply((parsed.message(),), parsed.content, parsed.thinking)))
+    return {p.messages[-1]["content"] for name, part in replies.items()
+            for (p, _), score in zip(part, families[name].scores(part)) if score == 1.0}
 
 
 def spoilt(query: str, thought: str, answer: str, rng: random.Random) -> Candidate:

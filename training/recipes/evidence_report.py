@@ -13,6 +13,7 @@ from typing import Any
 from ..files import write_text
 from ..report import Point, smooth
 from ..rewards.families import NO_THINK
+from .evidence_bench import FUNNEL
 from .path import png
 
 Results = Mapping[str, Any]
@@ -85,8 +86,10 @@ def page(
     found: Mapping[str, Mapping[str, Results]], ran_on: Mapping[str, Results], pictures: Mapping[str, str],
 ) -> Iterator[str]:
     any_result = next(r for results in found.values() for r in results.values())
-    env = next((e for e in ran_on.values() if e), {})
-    about = [any_result["device"], *(f"{k} {env[k]}" for k in ("torch", "commit", "date") if k in env)]
+    about = [any_result["device"]]
+    for k in ("torch", "commit", "date"):  # of the stages; early ones leave it to environment.json
+        told = {r.get(k, ran_on[model].get(k)) for model, results in found.items() for r in results.values()} - {None}
+        about += [f"{k} {', '.join(sorted(told))}"] if told else []
     minutes = sum(r["seconds"] for results in found.values() for r in results.values()) / 60
     yield "# The path on one GPU"
     yield ""
@@ -103,6 +106,9 @@ def page(
         if "s3" in results:
             yield from long_context(model, results["s3"])
     dense = found["dense"]
+    if "cold" in dense:
+        yield "## Cold start"
+        yield from cold(dense["cold"])
     if any(k.startswith("rl-") for k in dense):
         yield "## Reasoning RL"
         yield from rl(dense, pictures)
@@ -317,6 +323,16 @@ def long_context(model: str, r: Results) -> Iterator[str]:
         for a, b in zip(was["many-shot"], now["many-shot"])])
 
 
+def cold(r: Results) -> Iterator[str]:
+    funnel = r["funnel"]
+    yield from table(("what the filters say", "number"), [(k, f"{funnel[k]:,}") for k in FUNNEL if k in funnel])
+    yield "Counts of queries where it says so, else of responses; for three queries in ten there is a second one, spoilt on purpose."
+    if lacking := [n for n, count in r.get("conversations", {}).items() if not count]:
+        yield ""
+        yield f"Families without a conversation: {', '.join(lacking)}."
+    yield ""
+
+
 def rl(dense: Mapping[str, Results], pictures: Mapping[str, str]) -> Iterator[str]:
     seeds = seeds_of(dense)
     families = next(iter(seeds.values()))["families"]
@@ -409,7 +425,9 @@ def speed(found: Mapping[str, Mapping[str, Results]], ran_on: Mapping[str, Resul
     yield from table(("", "tokens/s", "MFU, %", "rollouts/s", "sampled tokens/s", "seconds in all"), rows)
     yield ("Tokens/s: median over the run, evaluation apart. MFU: 6 FLOP per active parameter and token, the tied head once, and "
            "attention over the documents as they lie in the rows, of 989 TFLOP/s. Rollouts/s: conversations sampled and scored "
-           "per second, per GPU. Seconds in all: of the process that finished the stage, with its evaluation.")
+           "per second, per GPU. Seconds in all: with the stage's evaluation, " + (
+               "over all processes that worked on it." if all("date" in r for results in found.values() for r in results.values())
+               else "of the process that finished it."))  # those without a date were measured so
     others = {f"{op} ({c['backend']}; {c['why']})": None for env in ran_on.values() for op, c in env.get("kernels", {}).items()
               if c["why"] != "first choice"}
     if others:

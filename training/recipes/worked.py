@@ -7,11 +7,14 @@ only where its last step comes to the family's own answer; families that no rule
 from __future__ import annotations
 
 import ast
+import calendar
+import itertools
 import math
 import operator
 import random
 import re
 from collections.abc import Callable, Mapping
+from datetime import date, datetime
 from fractions import Fraction
 from typing import Any
 
@@ -56,6 +59,8 @@ def evaluate(node: ast.AST, steps: list[str]) -> int | Fraction | None:
         return node.value if isinstance(node.value, int) else None
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = evaluate(node.operand, steps)
+        if value is not None and not isinstance(node.operand, ast.Constant):
+            steps.append(f"-({value}) = {-value}")
         return None if value is None else -value
     if not isinstance(node, ast.BinOp) or type(node.op) not in SIGNS:
         return None
@@ -122,7 +127,7 @@ def lcm(d: Data) -> str:
     found, steps = numbers[0], []
     for n in numbers[1:]:
         g, more = euclid(found, n)
-        steps += [*more, f"{n} / {g} = {n // g}", f"{found} * {n // g} = {found * n // g}"]
+        steps += [*more, f"{n} / {g} = {n // g}", *product(found, n // g)]
         found = found * n // g
     return "; ".join(steps)
 
@@ -216,6 +221,84 @@ def count_bits(d: Data) -> str:
     return "; ".join(steps)
 
 
+# ---- dates and times ---------------------------------------------------------------------------------------------------
+
+
+def calendar_arithmetic(d: Data) -> str | None:
+    m = d["metadata"]
+    if m["task"] == "is_leap_year":
+        year = m["year"]
+        rests = [f"{year} % {n} = {year % n}" for n in ((4,) if year % 4 else (4, 100) if year % 100 else (4, 100, 400))]
+        return "; ".join([*rests, "leap year" if calendar.isleap(year) else "no leap year"])
+    if m["task"] == "weekday_of_date":
+        return "; ".join(weekday(date.fromisoformat(m["target_date"])))
+    if m["task"] != "weekday_offset":
+        return None
+    day, days = date.fromisoformat(m["start_date"]).isoweekday() % 7, m["offset_days"]
+    rest, sign = abs(days) % 7, "+" if days > 0 else "-"
+    total = day + rest if days > 0 else day - rest
+    steps = [f"{DAYS[day]} {day}", f"{abs(days)} % 7 = {rest}", f"{day} {sign} {rest} = {total}"]
+    return "; ".join([*steps, *within_week(total)])
+
+
+DAYS = ("Sunday", *calendar.day_name[:6])
+
+
+def weekday(day: date) -> list[str]:
+    """By the weekdays of the days before the year and before the month, of Sunday 0."""
+    year = date(day.year, 1, 1).toordinal() - 1
+    month = (day.replace(day=1).toordinal() - 1 - year) % 7
+    total = year % 7 + month + day.day
+    steps = [f"{day.year}: {year % 7}", f"{calendar.month_name[day.month]}: {month}"]
+    return [*steps, f"{year % 7} + {month} + {day.day} = {total}", *within_week(total)]
+
+
+def within_week(total: int) -> list[str]:
+    turned = [] if 0 <= total < 7 else [f"{total} + 7 = {total + 7}"] if total < 0 else [f"{total} % 7 = {total % 7}"]
+    return [*turned, f"{total % 7} {DAYS[total % 7]}"]
+
+
+UNITS = (("days", "D ", "none", 0), ("hours", "HH", "none", 24), ("minutes", "MM", "none", 60), ("seconds", "SS", "%S", 60),
+         ("milliseconds", "mmm", "%f", 1000))  # name, in the answer's format, in the question's format, size
+
+
+def time_intervals(d: Data) -> str | None:
+    """From the smallest unit to the largest, with what is borrowed. None where the data set's own answer is another (it cuts
+    milliseconds off, and loses times behind a weekday in brackets), or the dates are not of one month or the next."""
+    m = d["metadata"]
+    asked, given = m["expected_format"], m["format"]
+    start, end = (datetime.fromisoformat(m[k]) for k in ("start_time", "end_time"))
+    months = 12 * (end.year - start.year) + end.month - start.month
+    if "(%A) %H" in given or months not in (0, 1):
+        return None
+    a, b, steps, found, borrowed = by_unit(start), by_unit(end), [], {}, 0
+    for t, own in ((start, a), (end, b)):
+        if zone := t.hour - own["hours"]:
+            steps.append(f"{t.hour} {'+' if zone < 0 else '-'} {abs(zone)} = {own['hours']}")
+    if months:
+        length = calendar.monthrange(start.year, start.month)[1]
+        steps.append(f"{b['days']} + {length} = {b['days'] + length}")
+        b["days"] += length
+    for name, _, _, size in (u for u in reversed(UNITS) if u[1] in asked or u[2] in given):
+        value = b[name] - a[name] - borrowed
+        steps.append(f"{name} {b[name]} - {a[name]}{f' - {borrowed}' if borrowed else ''} = {value}")
+        borrowed = -(value // size) if size else 0
+        if borrowed:
+            steps.append(f"{value} {'+' if borrowed > 0 else '-'} {abs(borrowed) * size} = {value + borrowed * size}")
+        found[name] = value + borrowed * size
+    clock = ":".join(f"{found[name]:02d}" for name, code, _, _ in UNITS[1:4] if code in asked)
+    clock += f".{found['milliseconds']:03d}" if "mmm" in asked else ""
+    answer = ", ".join([*([f"{found['days']} days"] if "D " in asked else []), *([clock] if clock else [])])
+    return "; ".join([*steps, answer]) if answer == d["answer"] else None
+
+
+def by_unit(t: datetime) -> dict[str, int]:
+    """By unit, hours those of UTC and so perhaps of another day."""
+    zone = t.utcoffset().total_seconds() // 3600 if t.tzinfo else 0
+    return {"days": t.day, "hours": t.hour - int(zone), "minutes": t.minute, "seconds": t.second,
+            "milliseconds": t.microsecond // 1000}
+
+
 # ---- words -------------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +348,29 @@ def family_relationships(d: Data) -> str:
     return f"{'. '.join(told[:2])}. {m['person1']} is the {m['relationship']} of {m['person2']}"
 
 
+def knights_knaves(d: Data) -> str:
+    """One assignment after another, until what each says is true of the knights and false of the knaves."""
+    m = d["metadata"]
+    names, terms, lines = m["names"], m["knight_knave_terms"], []
+    for kinds in itertools.product((True, False), repeat=len(names)):
+        supposed = ", ".join(f"{n} {terms['knight' if k else 'knave']}" for n, k in zip(names, kinds))
+        said = [holds(s, kinds) for s in m["statements"]]
+        wrong = next((i for i, (k, s) in enumerate(zip(kinds, said)) if k != s), None)
+        if wrong is None:
+            return "\n".join([*lines, f"{supposed}: all fits"])
+        lines.append(f"{supposed}: {names[wrong]} says what is {'true' if said[wrong] else 'false'}, no")
+    raise ValueError(f"{d['question']!r} has no solution")
+
+
+def holds(statement: Any, kinds: tuple[bool, ...]) -> bool:
+    sign, *parts = statement
+    if sign in ("telling-truth", "lying"):
+        return kinds[parts[0]] == (sign == "telling-truth")
+    values = [holds(p, kinds) for p in parts]
+    return {"not": not values[0], "and": all(values), "or": any(values), "->": not values[0] or values[-1],
+            "<=>": values[0] == values[-1]}[sign]
+
+
 def syllogism(d: Data) -> str:
     m = d["metadata"]
     return f"{m['premise1']}. {m['premise2']}. {m['conclusion']}: {'follows' if m['is_valid'] else 'does not follow'}"
@@ -273,14 +379,15 @@ def syllogism(d: Data) -> str:
 GYM: dict[str, Callable[[Data], str | None]] = {
     "aiw": aiw, "base_conversion": base_conversion,
     "basic_arithmetic": lambda d: expression(d["metadata"]["expression"], d["answer"]),
+    "calendar_arithmetic": calendar_arithmetic,
     "chain_sum": lambda d: expression(d["metadata"]["expression"], d["answer"]),
     "complex_arithmetic": complex_arithmetic, "count_bits": count_bits, "decimal_arithmetic": decimal_arithmetic,
-    "family_relationships": family_relationships, "fraction_simplification": fraction_simplification, "gcd": gcd, "lcm": lcm,
-    "leg_counting": leg_counting, "letter_counting": letter_counting,
+    "family_relationships": family_relationships, "fraction_simplification": fraction_simplification, "gcd": gcd,
+    "knights_knaves": knights_knaves, "lcm": lcm, "leg_counting": leg_counting, "letter_counting": letter_counting,
     "prime_factorization": prime_factorization,
     "products": lambda d: expression(d["metadata"]["expression"], d["answer"]),
     "simple_equations": simple_equations, "simple_geometry": simple_geometry, "spell_backward": spell_backward,
-    "syllogism": syllogism, "word_sorting": word_sorting,
+    "syllogism": syllogism, "time_intervals": time_intervals, "word_sorting": word_sorting,
 }
 
 
