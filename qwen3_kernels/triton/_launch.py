@@ -35,6 +35,11 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "meta" or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def dependent(device: torch.device) -> dict:
+    """Options of a launch whose kernel waits for the one before it by itself (``gdc_wait``), where that is possible."""
+    return {"launch_pdl": True} if overlaps(device) else {}
+
+
 def power_of_two_divisor(n: int, most: int) -> int:
     """Largest power of two that divides ``n`` and is at most ``most`` (itself a power of two)."""
     return min(n & -n, most)

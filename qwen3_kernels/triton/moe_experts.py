@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.moe_router import Plan
-from ._launch import cast, dot, exp, on_device, overlaps
+from ._launch import cast, dependent, dot, exp, on_device, overlaps
 from .swiglu import _divide
 
 
@@ -437,18 +437,17 @@ def decode(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tenso
     (N, D), (E, _, width), K = x.shape, down.shape, ids.shape[1]
     a = torch.empty(N * K, width, dtype=x.dtype, device=x.device)
     out = torch.empty(N, D, dtype=x.dtype, device=x.device)
-    overlap = overlaps(x.device)
-    sizes = {"D": D, "I": width, "E": E, "K": K, "OVERLAP": overlap}
+    sizes = {"D": D, "I": width, "E": E, "K": K, "OVERLAP": overlaps(x.device)}
     KP, rows, depth = triton.next_power_of_2(K), 4, 256
     # What 8 warps hold in registers before they wait: 48 KB, and three programs a multiprocessor.
     held = min(triton.cdiv(width, depth), 49152 // (rows * KP * depth * x.element_size()))
-    dependent = {"launch_pdl": True} if overlap else {}
     with on_device(x):
         _decode_up_kernel[(N * K * triton.cdiv(width, 4),)](
             x, gate_up, ids, a, x.stride(0), BN=4, BK=min(triton.next_power_of_2(D), 2048), num_warps=8, **sizes,
         )
         _decode_down_kernel[(N * triton.cdiv(D, rows),)](
-            a, down, ids, weights, out, KP=KP, BN=rows, BK=depth, HELD=held, num_warps=8, **dependent, **sizes,
+            a, down, ids, weights, out, KP=KP, BN=rows, BK=depth, HELD=held, num_warps=8, **dependent(x.device),
+            **sizes,
         )
     return out
 

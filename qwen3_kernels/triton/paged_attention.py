@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._launch import INTERPRETED, cast, dot, exp, on_device, overlaps, row_major, widen
+from ._launch import INTERPRETED, cast, dependent, dot, exp, on_device, overlaps, row_major, widen
 
 # Keys of a split. Few, so that a single row of a few thousand tokens still fills a GPU (8 key heads and 4096 keys are
 # 128 programs); many, so that partial results stay small beside the keys and values: with 4 queries a key head in bf16,
@@ -245,9 +245,8 @@ def forward(
     partial = torch.empty(B * TQ * HQ, splits, D, **floats)
     peaks, sums = (torch.empty(B * TQ * HQ, splits, **floats) for _ in range(2))
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(B, TQ, HQ, **floats)
-    overlap = overlaps(q.device)
-    sizes = {"TQ": TQ, "GROUP": GROUP, "D": D, "DP": _padded(D), "SPLIT": SPLIT, "PRECISE": full, "OVERLAP": overlap}
-    dependent = {"launch_pdl": True} if overlap else {}
+    sizes = {"TQ": TQ, "GROUP": GROUP, "D": D, "DP": _padded(D), "SPLIT": SPLIT, "PRECISE": full,
+             "OVERLAP": overlaps(q.device)}
     k_scale, v_scale = (None if s is None else s.contiguous() for s in (k_scale, v_scale))
     if k_pages.itemsize == 1 and not full:
         pairs = [_in_pairs(pages) for pages in (k_pages, v_pages)]
@@ -264,8 +263,8 @@ def forward(
             KEYS=keys, num_warps=warps, num_stages=stages, **options, **sizes,
         )
         _combine_kernel[(B * TQ * HQ,)](
-            partial, peaks, sums, lengths, v_scale, out, lse, room, splits, HK=HK, CHUNK=CHUNK, num_warps=4, **dependent,
-            **sizes,
+            partial, peaks, sums, lengths, v_scale, out, lse, room, splits, HK=HK, CHUNK=CHUNK, num_warps=4,
+            **dependent(q.device), **sizes,
         )
     return out, lse
 

@@ -46,8 +46,9 @@ def write(out: Path, file: Path) -> None:
     if not any(found.values()):
         raise FileNotFoundError(f"{out} has no results; expected dense/NAME.json or moe/NAME.json, which the stages write")
     file.parent.mkdir(parents=True, exist_ok=True)
-    pictures = {name: f"{file.stem.lower()}-{name}.png" for name in plots(found["dense"])}
-    for name, drawing in plots(found["dense"]).items():
+    drawings = plots(found["dense"])
+    pictures = {name: f"{file.stem.lower()}-{name}.png" for name in drawings}
+    for name, drawing in drawings.items():
         png(file.with_name(pictures[name]), *drawing)
     lines = page(found, {model: environment(out / model) for model in MODELS}, pictures)
     write_text(file, re.sub(r"\n{3,}", "\n\n", "\n".join(lines) + "\n"))
