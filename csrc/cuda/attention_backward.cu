@@ -26,7 +26,7 @@ constexpr int kSlab = 64 * 128;              // bytes of 64 elements of 64 rows;
 constexpr int kKeyTile = 4 * kSlab, kQueryTile = 2 * kSlab;
 constexpr int kRows = kQueries * 4;          // bytes of a number a query
 constexpr int kSums = kQueries * kWidth * 4;  // bytes of a block of dQ
-constexpr int kShared = 3 * kKeyTile + kSums + 2 * kStages * (kQueryTile + kRows) + (3 + kAdders + 4 * kStages) * 8 + (kStages + 1) * 4;
+constexpr int kShared = 3 * kKeyTile + kSums + 2 * kStages * (kQueryTile + kRows) + (3 + kAdders + 3 * kStages) * 8 + (kStages + 1) * 4;
 constexpr float kLog2e = 1.4426950408889634f;
 
 __device__ inline int blocks_of(int length) { return (length + kKeys - 1) / kKeys; }
@@ -198,9 +198,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* const lse_rows = reinterpret_cast<float*>(dq_tile + kSums);
   float* const delta_rows = lse_rows + kStages * kQueries;
   uint64_t* const keys_full = reinterpret_cast<uint64_t*>(delta_rows + kStages * kQueries);
-  uint64_t *const keys_empty = keys_full + 1, *const dq_full = keys_empty + 1, *const dq_empty = dq_full + kAdders, *const q_full = dq_empty + 1, *const q_empty = q_full + kStages;
-  uint64_t *const dout_full = q_empty + kStages, *const dout_empty = dout_full + kStages;
-  int *const visible = reinterpret_cast<int*>(dout_empty + kStages);  // keys that a stage's first query sees before its own
+  uint64_t *const keys_empty = keys_full + 1, *const dq_full = keys_empty + 1, *const dq_empty = dq_full + kAdders, *const q_full = dq_empty + 1, *const dout_full = q_full + kStages;
+  uint64_t* const empty = dout_full + kStages;
+  int* const visible = reinterpret_cast<int*>(empty + kStages);  // keys that a stage's first query sees before its own
   int* const ticket = visible + kStages;
 
   if (threadIdx.x == 0) {
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kAdders; ++i) barrier_init(dq_full + i, 4);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(q_full + i, 1), barrier_init(dout_full + i, 1);
-      barrier_init(q_empty + i, kConsumers), barrier_init(dout_empty + i, kConsumers);
+      barrier_init(empty + i, 4 * kConsumers);  // by warps, each for what it has read itself
     }
     barrier_init_fence();
     *ticket = atomicAdd(a.ticket, 1);  // CTAs start in the order in which work is dealt
@@ -242,12 +242,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           const int stage = walk.step % kStages, head = w.k_head * group + walk.head, row = walk.block * kQueries;
           const uint32_t phase = walk.step / kStages % 2 ^ 1;
           const int64_t rows = int64_t(walk.place(w, base, q_heads)) * kQueries;
-          barrier_wait(q_empty + stage, phase);
+          barrier_wait(empty + stage, phase);
           visible[stage] = CAUSAL ? min(row - walk.key_block * kKeys, kKeys) : kKeys;
           barrier_expect_bytes(q_full + stage, kQueryTile + kRows);
           load(q_tiles + stage * kQueryTile, &q_map, q_full + stage, kSlab, head, row);
           bulk_load(lse_rows + stage * kQueries, a.lse_log2 + rows, q_full + stage, kRows);
-          barrier_wait(dout_empty + stage, phase);
           barrier_expect_bytes(dout_full + stage, kQueryTile + kRows);
           load(dout_tiles + stage * kQueryTile, &dout_map, dout_full + stage, kSlab, head, row);
           bulk_load(delta_rows + stage * kQueries, a.delta + rows, dout_full + stage, kRows);
@@ -386,7 +385,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         __syncwarp();
         if (lane == 0) barrier_arrive(dq_full + step % kAdders);
       }
-      if (threadIdx.x % 128 == 0) barrier_arrive(q_empty + stage), barrier_arrive(dout_empty + stage);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + stage);
     }
 
     if (threadIdx.x % 128 == 0) barrier_arrive(keys_empty);

@@ -52,7 +52,9 @@ def test_fresh_adapters_change_nothing(backend):
     inputs["down_b"].zero_()
     base = {n: inputs[n] for n in ("x", "gate_up", "down", "ids", "weights")}
     with dispatch.use(backend, "moe_experts"):
-        torch.testing.assert_close(ours(**inputs), moe_experts(**base))
+        fresh, expected = ours(**inputs), moe_experts(**base)
+    rounding = 4 * torch.finfo(expected.dtype).eps  # h and the rows of a token are rounded in other places
+    torch.testing.assert_close(fresh, expected, rtol=rounding, atol=rounding * expected.abs().max().item())
 
 
 @parametrize_backend

@@ -38,8 +38,9 @@ def gap(model, rollouts, temperature, tokens_per_pack=500, replay=False):
         for r in rollouts
     ]
     loss = preset("dapo", temperature=temperature)
+    device = next(model.parameters()).device
     with torch.no_grad():
-        return max(loss(model, p)[1]["max_gap"].item() for p in packs(samples, tokens_per_pack))
+        return max(loss(model, p.to(device))[1]["max_gap"].item() for p in packs(samples, tokens_per_pack))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
