@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kAdders; ++i) barrier_init(dq_full + i, 4);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(q_full + i, 1), barrier_init(dout_full + i, 1);
-      barrier_init(empty + i, 4 * kConsumers);  // by warps, each for what it has read itself
+      barrier_init(empty + i, 128 * kConsumers);  // all threads: an arrival vouches for what its own thread has read
     }
     barrier_init_fence();
     *ticket = atomicAdd(a.ticket, 1);  // CTAs start in the order in which work is dealt
@@ -385,8 +385,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         __syncwarp();
         if (lane == 0) barrier_arrive(dq_full + step % kAdders);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(empty + stage);
+      barrier_arrive(empty + stage);
     }
 
     if (threadIdx.x % 128 == 0) barrier_arrive(keys_empty);

@@ -20,6 +20,7 @@
 #include "cuda/moe.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/hopper.h"
 
@@ -42,7 +43,7 @@ constexpr int kSlab = 64 * kStep * 2;  // bytes of 64 rows x 64 elements, the un
 constexpr uint32_t kOwnBytes = kOwn * kStep * 2, kSharedBytes = kShared * kStep * 2;
 constexpr uint32_t kStageBytes = kOwnBytes + kSharedBytes;
 constexpr int kAhead = 2;  // slots of a deferred epilogue for which it has what it reads on its way
-constexpr int kLanding = 128 * kConsumers * 16, kLandingBytes = (2 * kAhead + 1) * kLanding;  // 16 bytes a thread each
+constexpr int kLanding = 128 * kConsumers * 16, kLandingBytes = (2 * kAhead + 2) * kLanding;  // 16 bytes a thread each
 constexpr int kSharedMemory = kStages * kStageBytes + 2 * kStages * 8 + kLandingBytes;
 
 struct Gemm {
@@ -136,27 +137,32 @@ struct Copier {
   const uint32_t offset = line * 128 + (chunk ^ line % 8) * 16;
 };
 
-// Slabs of 64 columns, 64 rows from `row` on, zeros from `end` on. `wait` is called once the row numbers are known.
-template <int SLABS, class Wait>
-__device__ inline void copy_slabs(uint8_t* dst, const Rows& from, const int32_t* index, int row, int end, int column,
-                                  int width, Wait wait) {
-  const Copier c;
-  int rows[kStep / 16];
+// The numbers of its rows among the 64 from `row` on, -1 from `end` on.
+struct RowNumbers {
+  int at[kStep / 16];
+
+  __device__ RowNumbers(const int32_t* index, int row, int end) {
 #pragma unroll
-  for (int i = 0; i < kStep / 16; ++i) {
-    rows[i] = row + c.line + 16 * i;
-    rows[i] = rows[i] >= end ? -1 : index ? __ldg(index + rows[i]) : rows[i];
+    for (int i = 0; i < kStep / 16; ++i) {
+      const int r = row + Copier().line + 16 * i;
+      at[i] = r >= end ? -1 : index ? __ldg(index + r) : r;
+    }
   }
-  wait();
+};
+
+// Slabs of 64 columns of those rows, zeros for -1.
+template <int SLABS>
+__device__ inline void copy_slabs(uint8_t* dst, const Rows& from, const RowNumbers& rows, int column, int width) {
+  const Copier c;
   column += c.chunk * 8;
   const uint32_t to = shared_address(dst) + c.offset;
   const bf16* const data = static_cast<const bf16*>(from.data);
 #pragma unroll
   for (int i = 0; i < kStep / 16; ++i) {
-    const bf16* const at = data + max(rows[i], 0) * from.stride + column;
+    const bf16* const at = data + max(rows.at[i], 0) * from.stride + column;
 #pragma unroll
     for (int s = 0; s < SLABS; ++s) {
-      const bool live = rows[i] >= 0 && column + 64 * s < width;
+      const bool live = rows.at[i] >= 0 && column + 64 * s < width;
       copy_async(to + s * kSlab + i * 2048, live ? at + 64 * s : data, live ? 16 : 0);
     }
   }
@@ -189,15 +195,16 @@ __device__ inline void products(float (&acc)[128], const uint8_t* own, const uin
   }
 }
 
-__device__ inline float2 unpack(uint32_t x) { return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x)); }
+__device__ inline float2 unpack(uint32_t x) { return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)}; }
 
 // 32 columns of a row among the 4 threads of a quad: the products leave thread q the pairs of columns 8 i + 2 q (+ 1);
 // to and from memory go the 8 columns from 8 q on.
-__device__ inline void store8(bf16* row, const uint32_t (&pairs)[4], int q, bool live) {
+__device__ inline void store8(bf16* to, const uint32_t (&pairs)[4], bool live) {
   if (live)  // spelled out, as the compiler likes to take a uint4 apart
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(row + 8 * q), "r"(pairs[0]), "r"(pairs[1]),
-                 "r"(pairs[2]), "r"(pairs[3]) : "memory");
+    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]),
+                 "r"(pairs[3]) : "memory");
 }
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ inline bf16* element(const Rows& r, int64_t row, int64_t column) {
   return static_cast<bf16*>(r.data) + row * r.stride + column;
 }
@@ -257,17 +264,17 @@ __device__ inline uint4 load_shared(uint32_t address) {
 // A tile's results, rounded to bf16 when its products are done. Its epilogue is kSlots pieces of work, which the
 // warpgroup does one by one while later products run; what a slot reads comes by cp.async, asked for kAhead slots
 // before and without costing registers: 32 bytes a thread, which nobody else touches. The slots come in groups of four:
-// code for all sixteen would not stay in the instruction cache.
+// code for all sixteen would not stay in the instruction cache. What a slot stores is not read again before it has left
+// L2, and says so.
 template <Task TASK> class Deferred {
  public:
-  static constexpr int kGroups = TASK == Task::down_backward ? 4 : 2, kSlots = 4 * kGroups;
+  static constexpr int kGroup = 4, kGroups = TASK == Task::down_backward ? 4 : 2, kSlots = kGroup * kGroups;
 
   __device__ Deferred(const Gemm& g, uint8_t* landing)
       : g_(g), landing_(shared_address(landing) + (threadIdx.x - 128) * 16), packed_{} {}
 
   // acc: the products, done. Until the first call the slots find nothing to do.
-  __device__ __forceinline__ void take(const float (&acc)[128], const Tile& t, const Place& p,
-                                       const float (&weight)[2]) {
+  __device__ __forceinline__ void take(const float (&acc)[128], const Tile& t, const Place& p) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -278,97 +285,125 @@ template <Task TASK> class Deferred {
           asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;"
                        : "=r"(packed_[4 * (8 * half + j) + i]) : "f"(acc[from + 1]), "f"(acc[from]));
         }
-    place_ = p, expert_ = t.expert;
-    limit_ = TASK == Task::grad_left ? g_.own_columns : TASK == Task::grad_right ? g_.columns : t.end;
-    if constexpr (TASK == Task::down_backward)
-      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(weights()), "f"(weight[0]), "f"(weight[1]) : "memory");
+    const int rows = TASK == Task::grad_left ? g_.own_columns : TASK == Task::grad_right ? g_.columns : t.end;
+    const int columns = TASK == Task::grad_right ? g_.own_columns : g_.columns;
+    at_ = {element(g_.out, p.row, p.column) + 8 * p.q + (is_gradient(TASK) ? t.expert * g_.out_expert : 0), rows - p.row,
+           columns - p.column - 8 * p.q};
+    if (kTwo) keep<int64_t>(kSecond, element(g_.second, p.row, p.column) + 8 * p.q - static_cast<bf16*>(g_.second.data));
+    if constexpr (TASK == Task::down_backward) {
+      keep(kWeights, kept<float>(kNextWeights)), keep(kWeights + 4, kept<float>(kNextWeights + 4));
+      keep(kPartial, int64_t(p.row) * tiles_of(g_.columns, columns_of(TASK)) + p.column / columns_of(TASK));
+    }
     if (reads()) {
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) load(i, i);
+      for (int i = 0; i < kAhead; ++i) load(i, at_);
     }
   }
 
-  // All slots, with before(slot) and after(slot) around each.
+  // All slots, with before(slot) before each, and after(group) after each group.
   template <class F, class G> __device__ __forceinline__ void run(F before, G after) {
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
+      // To the next group: 8 rows down, in down_backward after both halves of its columns.
+      const bool down = TASK != Task::down_backward || group == 1;
+      const int columns = TASK != Task::down_backward ? 0 : down ? -32 * kGroup : 32 * kGroup;
+      const Cursor next{at_.out + (down ? 8 * g_.out.stride : 0) + columns, group + 1 < kGroups ? at_.rows - (down ? 8 : 0) : 0,
+                       at_.columns - columns};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        before(4 * group + i);
-        slot(group, i);
-        after(4 * group + i);
+      for (int i = 0; i < kGroup; ++i) {
+        before(kGroup * group + i);
+        slot(group, i, next);
       }
+      after(group);
+      at_ = next;
+      if (kTwo) keep(kSecond, kept<int64_t>(kSecond) + (down ? 8 * g_.second.stride : 0) + columns);
 #pragma unroll
       for (int i = 0; i < 64 - 64 / kGroups; ++i) packed_[i] = packed_[i + 64 / kGroups];
     }
   }
 
+  // The weights of rows row and row + 8 of the next tile, in two steps: copies of where they are, and later of them.
+  __device__ __forceinline__ void find_weights(int row, int end, bool found) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int what = kNextWeights + 4 * half;
+      const void* const from = found ? static_cast<const void*>(g_.weights + kept<int>(what)) : g_.slot + row + 8 * half;
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(landing_ + 2 * kAhead * kLanding + what), "l"(from),
+                   "r"(found || row + 8 * half < end ? 4 : 0) : "memory");
+    }
+  }
+
  private:
+  static constexpr bool kTwo = TASK == Task::up || TASK == Task::down_backward;  // results beside each other
+  // A thread's first 8 columns of a group's results, and how many rows and columns the whole result has from there on.
+  struct Cursor {
+    bf16* out = nullptr;
+    int rows = 0, columns = 0;
+  };
+
   __device__ bool reads() const { return TASK == Task::down_backward || (is_gradient(TASK) && g_.accumulate); }
 
   // Slot i of a group: 8 rows by 32 columns of down_backward, by 64 (two blocks) of the others. Only i is known to the
   // compiler; packed_ begins with what belongs to the group.
-  __device__ __forceinline__ void slot(int group, int i) {
+  __device__ __forceinline__ void slot(int group, int i, const Cursor& next) {
     uint4 read[2] = {};
     if (reads()) {
       asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
       read[0] = load_shared(landing(i, 0)), read[1] = load_shared(landing(i, 1));
+      // To where these were, and before the rest of the slot: after it, a dense model's down_backward took up to 14 % longer.
+      i + kAhead < kGroup ? load(i + kAhead, at_) : load(i + kAhead - kGroup, next);
     }
-    if constexpr (TASK == Task::up) up(group, i);
+    if constexpr (TASK == Task::up) up(i);
     else if constexpr (TASK == Task::down_backward) down_backward(group, i, read);
-    else store(group, 2 * i, read[0]), store(group, 2 * i + 1, read[1]);
-    if (reads()) load(4 * group + i + kAhead, i + kAhead);  // to where this slot has read
+    else store(2 * i, read[0]), store(2 * i + 1, read[1]);
   }
 
-  __device__ uint32_t landing(int i, int which) const {
-    return landing_ + (i % kAhead * 2 + which) * kLanding;
+  __device__ uint32_t landing(int i, int which) const { return landing_ + (i % kAhead * 2 + which) * kLanding; }
+  // What a thread keeps in shared memory, as registers are dear: weights of row and row + 8, where row's share of the weight's
+  // gradient goes, where the second result goes (elements from its beginning).
+  enum Kept { kWeights = 0, kPartial = 8, kSecond = kLanding, kNextWeights = kLanding + 8 };
+  template <class T> __device__ __forceinline__ void keep(int what, T x) {
+    const uint32_t to = landing_ + 2 * kAhead * kLanding + what;
+    if constexpr (sizeof(T) == 8) asm volatile("st.shared.u64 [%0], %1;" ::"r"(to), "l"(x) : "memory");
+    else asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
   }
-  __device__ uint32_t weights() const { return landing_ + 2 * kAhead * kLanding; }  // of row and row + 8: two registers less
-  // What slot `slot` reads, to landing(i): one group of copies, an empty one too, so that groups can be counted.
-  __device__ __forceinline__ void load(int slot, int i) {
-    if (slot < kSlots) {
+  template <class T> __device__ __forceinline__ T kept(int what) const {
+    const uint32_t from = landing_ + 2 * kAhead * kLanding + what;
+    T x;
+    if constexpr (sizeof(T) == 8) asm volatile("ld.shared.u64 %0, [%1];" : "=l"(x) : "r"(from) : "memory");
+    else if constexpr (std::is_same_v<T, int>) asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+    else asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+    return x;
+  }
+
+  // What slot i of the group `from` there on reads: one group of copies, an empty one too, so that groups can be counted.
+  __device__ __forceinline__ void load(int i, const Cursor& from) {
 #pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        const bf16* from;
-        bool live;
-        if constexpr (TASK == Task::down_backward) {
-          int row, column;
-          live = block(slot / 4, i % 4, row, column);
-          from = element(g_.h, row, column + which * g_.columns) + 8 * place_.q;
-        } else {
-          from = result(slot / 4, i % 4 * 2 + which, live) + 8 * place_.q;
-        }
-        copy_async(landing(i, which), live ? from : g_.out.data, live ? 16 : 0);
-      }
+    for (int which = 0; which < 2; ++which) {
+      bool live;
+      const bf16* x = block(from, TASK == Task::down_backward ? i : 2 * i + which, live);
+      if (TASK == Task::down_backward)
+        x += static_cast<bf16*>(g_.h.data) - static_cast<bf16*>(g_.out.data) + which * g_.columns;
+      copy_async(landing(i, which), x, live ? 16 : 0);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copy_async_commit();
   }
 
-  // The row and first column of block j of 32 columns of a group, and whether this thread has 8 columns of it.
-  __device__ __forceinline__ bool block(int group, int j, int& row, int& column) const {
-    row = place_.row, column = place_.column;
-    int width = g_.columns;
-    if constexpr (TASK == Task::down_backward) row += group / 2 * 8, column += group % 2 * 128 + 32 * j;
-    else if constexpr (TASK == Task::grad_right)
-      row += group * 8 + j / 4 * 64, column += j % 4 * 32, width = g_.own_columns;
-    else row += group * 8, column += 32 * j;
-    return row < limit_ && column + 8 * place_.q < width;
-  }
-  // Where that goes if a block of products is a block of the result.
-  __device__ __forceinline__ bf16* result(int group, int j, bool& live) const {
-    int row, column;
-    live = block(group, j, row, column);
-    return element(g_.out, row, column) + (is_gradient(TASK) ? expert_ * g_.out_expert : 0);
+  // This thread's 8 columns of block j, 8 rows by 32 columns, of the group `from` there on, if the result has them.
+  __device__ __forceinline__ bf16* block(const Cursor& from, int j, bool& live) const {
+    const int rows = TASK == Task::grad_right ? j / 4 * 64 : 0, columns = (TASK == Task::grad_right ? j % 4 : j) * 32;
+    live = from.rows > rows && from.columns > columns;
+    return from.out + rows * g_.out.stride + columns;
   }
   __device__ __forceinline__ void gather(int j, uint32_t (&pairs)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = packed_[4 * j + i];
-    quad_transpose(pairs, place_.q);
+    quad_transpose(pairs, threadIdx.x % 4);
   }
 
-  __device__ __forceinline__ void store(int group, int j, const uint4& old) {
+  __device__ __forceinline__ void store(int j, const uint4& old) {
     bool live;
-    bf16* const to = result(group, j, live);
+    bf16* const to = block(at_, j, live);
     uint32_t pairs[4];
     gather(j, pairs);
     if (reads()) {
@@ -379,12 +414,17 @@ template <Task TASK> class Deferred {
         pairs[i] = pack_pair(x.x + y.x, x.y + y.y);
       }
     }
-    store8(to, pairs, place_.q, live);
+    store8(to, pairs, live);
+  }
+  __device__ __forceinline__ void store_two(int j, const uint32_t (&gate)[4], const uint32_t (&up)[4], const uint32_t (&a)[4]) {
+    bool live;
+    bf16* const to = block(at_, j, live);
+    store8(to, gate, live);
+    store8(to + g_.columns, up, live);
+    store8(static_cast<bf16*>(g_.second.data) + kept<int64_t>(kSecond) + 32 * j, a, live);
   }
 
-  __device__ __forceinline__ void up(int group, int j) {
-    int row, column;
-    const bool live = block(group, j, row, column);
+  __device__ __forceinline__ void up(int j) {
     uint32_t gate[4], up[4], product[4];
     gather(j, gate), gather(j + 4, up);
 #pragma unroll
@@ -392,17 +432,11 @@ template <Task TASK> class Deferred {
       const float2 x = unpack(gate[i]), y = unpack(up[i]);
       product[i] = pack_pair(x.x * sigmoid(x.x) * y.x, x.y * sigmoid(x.y) * y.y);
     }
-    bf16* const to = element(g_.out, row, column);
-    store8(to, gate, place_.q, live);
-    store8(to + g_.columns, up, place_.q, live);
-    store8(element(g_.second, row, column), product, place_.q, live);
+    store_two(j, gate, up, product);
   }
 
   __device__ __forceinline__ void down_backward(int group, int j, const uint4 (&h)[2]) {
-    int row, column;
-    const bool live = block(group, j, row, column);
-    float weight;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(weight) : "r"(weights() + group / 2 * 4));
+    const float weight = kept<float>(kWeights + group / 2 * 4);
     uint32_t gate[4] = {h[0].x, h[0].y, h[0].z, h[0].w}, up[4] = {h[1].x, h[1].y, h[1].z, h[1].w}, da[4];
     gather(j, da);
 #pragma unroll
@@ -420,15 +454,12 @@ template <Task TASK> class Deferred {
       }
       da[i] = pack_pair(a[0], a[1]), gate[i] = pack_pair(dx[0], dx[1]), up[i] = pack_pair(dy[0], dy[1]);
     }
-    bf16* const to = element(g_.out, row, column);
-    store8(to, gate, place_.q, live);
-    store8(to + g_.columns, up, place_.q, live);
-    store8(element(g_.second, row, column), da, place_.q, live);
-    if (j == 3 && group % 2 == 1) {  // a row's last block
+    store_two(j, gate, up, da);
+    if (j == kGroup - 1 && group % 2 == 1) {  // a row's last block
       sum_ += __shfl_xor_sync(~0u, sum_, 1);
       sum_ += __shfl_xor_sync(~0u, sum_, 2);
-      if (place_.q == 0 && row < limit_ && place_.column < g_.columns)
-        g_.partial[int64_t(row) * tiles_of(g_.columns, columns_of(TASK)) + place_.column / columns_of(TASK)] = sum_;
+      if (threadIdx.x % 4 == 0 && at_.rows > 0 && at_.columns > -32 * kGroup)  // of the tile's second half
+        g_.partial[kept<int64_t>(kPartial) + group / 2 * 8 * tiles_of(g_.columns, columns_of(TASK))] = sum_;
       sum_ = 0;
     }
   }
@@ -437,8 +468,7 @@ template <Task TASK> class Deferred {
   const uint32_t landing_;
   uint32_t packed_[64];  // 4 (8 half + j) + i: the pair of columns 32 j + 8 i + 2 q of row + 8 half
   float sum_ = 0;
-  Place place_{0, 0, int(threadIdx.x % 4)};
-  int expert_ = 0, limit_ = 0;  // limit_: the row at which the results end
+  Cursor at_;
 };
 
 // --- the kernel
@@ -504,15 +534,17 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     while ((kGathered || threadIdx.x == 0) && walk.next(t)) {
       const int steps = steps_of<TASK>(g, t);
       if constexpr (kGradient) {
+        RowNumbers next(g.index, t.begin, t.end);
         for (int k = 0; k < steps; ++k) {
           const int row = t.begin + k * kStep;
           const bool whole = row + kStep <= t.end;
-          copy_slabs<2>(own_tile(turn.stage()), g.own, g.index, row, t.end, t.own, g.own_columns, [&] {
-            barrier_wait(empty + turn.stage(), turn.phase() ^ 1);
-            if (whole && threadIdx.x == 0) load_by_tma(k);
-          });
+          const RowNumbers rows = next;
+          next = RowNumbers(g.index, row + kStep, t.end);  // on their way while this step waits for its stage
+          barrier_wait(empty + turn.stage(), turn.phase() ^ 1);
+          if (whole && threadIdx.x == 0) load_by_tma(k);
+          copy_slabs<2>(own_tile(turn.stage()), g.own, rows, t.own, g.own_columns);
           if (!whole) {  // beyond the expert's rows lie those of the next, or nothing: both operands must be zero there
-            copy_slabs<4>(shared_tile(turn.stage()), g.shared, nullptr, row, t.end, t.column, g.columns, [] {});
+            copy_slabs<4>(shared_tile(turn.stage()), g.shared, RowNumbers(nullptr, row, t.end), t.column, g.columns);
             if (threadIdx.x == 0) barrier_arrive(full + turn.stage());
           }
           copy_async_arrive(full + turn.stage());
@@ -579,7 +611,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       const Place own{t.own + consumer * 64 + warp * 16 + lane / 4, t.column, q};
       const Place place = TASK == Task::grad_right
                               ? Place{t.column + consumer * 128 + warp * 16 + lane / 4, t.own, q} : own;
-      float weight[2] = {};
       int k = 0;
       const auto arrived = [&]() __attribute__((always_inline)) {
         barrier_wait(full + turn.stage(), turn.phase());
@@ -599,27 +630,18 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       };
       arrived();
       if constexpr (kDeferred) {
-        int choice[2];
         const auto products_before = [&](int slot) __attribute__((always_inline)) {
           constexpr int kSlots = Deferred<TASK>::kSlots;  // the first has steps to hide behind, and so has the last
 #pragma unroll 1
           for (const int until = (steps * (slot + 1) + kSlots - 1) / kSlots; k < until;) step();
         };
-        const auto weights_after = [&](int slot) __attribute__((always_inline)) {
-          if constexpr (TASK == Task::down_backward) {  // late, when registers are free, and each after some steps
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int row = own.row + 8 * half;
-              if (slot == Deferred<TASK>::kSlots - 2) choice[half] = row < t.end ? __ldg(g.slot + row) : -1;
-              if (slot == Deferred<TASK>::kSlots - 1)
-                weight[half] = choice[half] >= 0 ? __ldg(g.weights + choice[half]) : 0;
-            }
-          }
+        const auto weights_after = [&](int group) __attribute__((always_inline)) {
+          if (TASK == Task::down_backward && group % 2 == 0) last.find_weights(own.row, t.end, group > 0);
         };
         last.run(products_before, weights_after);
         wgmma_wait<0>();
         release(turn.last());
-        last.take(acc, t, place, weight);
+        last.take(acc, t, place);
       } else {
         while (k < steps) step();
         wgmma_wait<0>();
@@ -674,8 +696,8 @@ __global__ void __launch_bounds__(256) combine_kernel(MoePlan p, int64_t tokens,
         sum[2 * j] = fmaf(weight, pairs[j].x, sum[2 * j]), sum[2 * j + 1] = fmaf(weight, pairs[j].y, sum[2 * j + 1]);
     }
   }
-  store8(element(out, token, column),
-         {pack_pair(sum[0], sum[1]), pack_pair(sum[2], sum[3]), pack_pair(sum[4], sum[5]), pack_pair(sum[6], sum[7])}, 0, true);
+  *reinterpret_cast<uint4*>(element(out, token, column)) = {pack_pair(sum[0], sum[1]), pack_pair(sum[2], sum[3]),
+                                                            pack_pair(sum[4], sum[5]), pack_pair(sum[6], sum[7])};
 }
 
 // --- host side
@@ -740,6 +762,7 @@ void moe_down_backward(const MoePlan& p, int64_t d, int64_t i, Rows grad, Expert
                        float* dweights, Rows dh, Rows scaled, float* partial, uintptr_t stream) {
   Gemm g = rows_gemm(p, d, i, dh);
   if (p.rows == 0) return;
+  if (h.stride != dh.stride) throw std::invalid_argument("moe: h and its gradient have rows of different strides");
   g.index = p.token, g.own = grad, g.h = h, g.second = scaled, g.weights = weights, g.partial = partial;
   launch<Task::down_backward>({}, map_of(down, p.experts, d, i, kStep), g, stream);
   sum_partials<<<unsigned((p.rows + 255) / 256), 256, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
