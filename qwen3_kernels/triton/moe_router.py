@@ -210,14 +210,12 @@ def _place_kernel(
         tl.store(offsets, 0)
         tl.store(offsets + 1 + cols, ends, mask=cols < E)
     begin = pid * chunk
-    earlier = (tl.arange(0, B)[:, None] > tl.arange(0, B)[None, :]).to(tl.float16)
     for start in range(begin, tl.minimum(begin + chunk, R), B):
         a = start + tl.arange(0, B)
         expert = tl.load(ids + a, mask=a < R, other=-1).to(tl.int32)
         own = (expert[:, None] == cols[None, :]) & (cols < E)[None, :]
         hit = own.to(tl.int32)
-        rank = tl.dot(earlier, own.to(tl.float16)).to(tl.int32)  # exact, and a scan takes several times as long
-        row = tl.sum(tl.where(own, rank + base[None, :], 0), 1)
+        row = tl.sum(tl.where(own, tl.cumsum(hit, 0) - 1 + base[None, :], 0), 1)
         valid = ((expert >= 0) & (expert < E)).to(tl.int32)
         row = tl.where(valid == 1, row, kept + a - (kept_before + tl.cumsum(valid, 0)))
         tl.store(token + row, a // K, mask=a < R)
@@ -231,9 +229,9 @@ def plan(ids: Tensor, num_experts: int) -> Plan:
     (N, K), R, device = ids.shape, ids.numel(), ids.device
     ids = ids.contiguous()
     EP = max(triton.next_power_of_2(num_experts), 16)
-    B = max(min(16384 // EP, 128), 16)  # assignments at once
-    # At most 256 chunks, since each program reads all counts; a few assignments are counted where they are placed.
-    chunk = R if R <= 2 * B else triton.cdiv(triton.cdiv(R, B), 256) * B
+    B = 16384 // EP  # at once; 128 assignments for 128 experts
+    # At most 128 chunks, since each program reads all counts; a few assignments are counted where they are placed.
+    chunk = R if R <= 2 * B else triton.cdiv(triton.cdiv(R, B), 128) * B
     chunks = triton.cdiv(R, chunk)
     counts = None if chunks == 1 else torch.empty(chunks, EP, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
