@@ -229,14 +229,14 @@ def plan(ids: Tensor, num_experts: int) -> Plan:
     (N, K), R, device = ids.shape, ids.numel(), ids.device
     ids = ids.contiguous()
     EP = max(triton.next_power_of_2(num_experts), 16)
-    B = 16384 // EP  # at once; 128 assignments for 128 experts
-    # At most 128 chunks, since each program reads all counts; a few assignments are counted where they are placed.
-    chunk = R if R <= 2 * B else triton.cdiv(triton.cdiv(R, B), 128) * B
+    B = 8192 // EP  # at once; 64 assignments for 128 experts
+    # At most 256 chunks, since each program reads all counts; a few assignments are counted where they are placed.
+    chunk = R if R <= 4 * B else triton.cdiv(triton.cdiv(R, B), 256) * B
     chunks = triton.cdiv(R, chunk)
     counts = None if chunks == 1 else torch.empty(chunks, EP, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     token, slot, inverse = (torch.empty(R, dtype=torch.int32, device=device) for _ in range(3))
-    sizes = {"E": num_experts, "EP": EP, "B": B, "num_warps": 8}
+    sizes = {"E": num_experts, "EP": EP, "B": B, "num_warps": 4}
     with on_device(ids):
         if counts is not None:
             _count_kernel[(chunks,)](ids, counts, R, chunk, **sizes)
