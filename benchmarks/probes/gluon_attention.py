@@ -1,24 +1,26 @@
-"""Attention forward in Gluon, Triton's language with explicit layouts, beside csrc/cuda/attention.cu, whose design it has.
+"""Attention forward in Gluon (Triton with explicit layouts) beside csrc/cuda/attention.cu, whose design it has.
 
-    python benchmarks/probes/gluon_attention.py [--json FILE]     on a GPU: check against torch in fp32, then time, taking turns
-    python benchmarks/probes/gluon_attention.py --compile         anywhere: resources and SASS for sm_90
+    python benchmarks/probes/gluon_attention.py [--json FILE]   on a GPU: check against torch in fp32, time in turns
+    python benchmarks/probes/gluon_attention.py --compile       anywhere: resources and SASS for sm_90
 
-Causal, head width 128, bf16, whole rows [B, T, H, 128] with T a multiple of 128. A partition of one warp loads with TMA, two of
-four warps have 64 queries each; they meet blocks of 128 keys from the last visible one down, in rings of two stages. While the
-products P V of a block run, the softmax of the next is computed. CTAs stay and get their tiles as in attention.cu. Variants:
-with and without the two partitions taking turns at the tensor cores. TFLOP/s count 2 B H D T^2.
+Causal, head width 128, bf16, whole rows [B, T, H, 128], T a multiple of 128. A partition of one warp loads with TMA,
+two of four warps have 64 queries each; they meet blocks of 128 keys from the last visible one down, in rings of two
+stages. While the products P V of a block run, the softmax of the next is computed. CTAs stay and get tiles as in
+attention.cu. Variants: with and without the two partitions taking turns at the tensor cores. TFLOP/s count 2 B H D T^2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -65,8 +67,8 @@ def rounds_of_cta(plan):
 
 @gluon.jit
 def work(round, plan):
-    """(first token of the row in [B T], head, block of queries). Sections of heads whose keys and values fit in L2, with the
-    longest and the shortest tiles first in turns, the last section longest first."""
+    """(first token of the row in [B T], head, block of queries). Sections of heads whose keys fit in L2 begin with
+    their longest and their shortest tiles in turns, the last with its longest."""
     T, H, _, heads, section = plan
     blocks, tile = T // TILE, tile_of(round)
     this = tile // (section * blocks)
@@ -128,6 +130,7 @@ def softmax(scores, peak, total, scale_log2, operand: gl.constexpr):
 def multiply(descriptors, tiles, bars, plan, lse, scale, which: gl.constexpr, in_turns: gl.constexpr):
     q, k, v, out_tiles = tiles
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = bars
+    _, H, _, _, _ = plan
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc, k_width=2)
     rows: gl.constexpr = gl.SliceLayout(1, acc)
@@ -163,7 +166,7 @@ def multiply(descriptors, tiles, bars, plan, lse, scale, which: gl.constexpr, in
             scores = warpgroup_mma_wait(1, [scores])
             mbarrier.arrive(k_empty.index(stage))
             probs, peak, total, keep = softmax(scores, peak, total, scale_log2, operand)
-            mbarrier.wait(v_full.index(stage), phase)  # here: ptxas moves no wait for products over a branch, but over a softmax
+            mbarrier.wait(v_full.index(stage), phase)  # here, since ptxas moves the next wait up to a branch
             out = warpgroup_mma_wait(0, [out])
             mbarrier.arrive(v_empty.index(before))
             out = out * keep[:, None]
@@ -173,7 +176,6 @@ def multiply(descriptors, tiles, bars, plan, lse, scale, which: gl.constexpr, in
         done += block + 1
 
         token = row + block * TILE + which * QUERIES
-        _, H, _, _, _ = plan
         gl.store(lse + ((token + query).to(gl.int64) * H + head), peak * scale + gl.log2(total) * 0.6931471805599453)
         tma.store_wait(0)  # of the tile before
         out_tile.store((out * (1 / total)[:, None]).to(gl.bfloat16))
@@ -241,7 +243,8 @@ def check(variant: str) -> None:
         wide = [t.float().repeat_interleave(q.shape[2] // t.shape[2], 2).transpose(1, 2) for t in (q, k, v)]
         want = F.scaled_dot_product_attention(*wide, is_causal=True, scale=SCALE).transpose(1, 2)
         (out, lse), (our_out, our_lse) = forward(q, k, v, VARIANTS[variant]), ours(q, k, v)
-        error, our_error, apart = relative_error(out, want), relative_error(our_out, want), (lse - our_lse).abs().max().item()
+        error, our_error = relative_error(out, want), relative_error(our_out, want)
+        apart = (lse - our_lse).abs().max().item()
         line = f"{variant}, {name_of(*shape)}: error {error:.2e}, ours {our_error:.2e}, lse apart by {apart:.1e}"
         if not (error <= TOLERANCE[torch.bfloat16] and apart <= 1e-3):
             sys.exit(line + ": WRONG")
@@ -249,21 +252,17 @@ def check(variant: str) -> None:
 
 
 def problems() -> dict[str, str]:
-    """Variant -> why it cannot be timed. Each is checked in a process of its own, since a kernel that hangs or faults takes
-    it along."""
-    runs = {v: subprocess.Popen([sys.executable, __file__, "--check", v], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True) for v in VARIANTS}
-    found = {}
+    """Variant -> why it is not timed. Each is checked in its own process, which a kernel that faults takes along."""
+    process, end = multiprocessing.get_context("spawn").Process, time.monotonic() + CHECK_SECONDS
+    runs, found = {v: process(target=check, args=(v,)) for v in VARIANTS}, {}
+    for run in runs.values():
+        run.start()
     for variant, run in runs.items():
-        try:
-            text = run.communicate(timeout=CHECK_SECONDS)[0].strip()
-            if run.returncode:
-                found[variant] = text.splitlines()[-1] if text else f"exit status {run.returncode}"
-        except subprocess.TimeoutExpired:
+        run.join(max(end - time.monotonic(), 0))
+        if run.exitcode != 0:
+            late = f"its check is not done after {CHECK_SECONDS} s"
+            found[variant] = late if run.is_alive() else f"its check ended with {run.exitcode}, see above"
             run.kill()
-            text = run.communicate()[0].strip()
-            found[variant] = f"not done after {CHECK_SECONDS} s"
-        print(text, flush=True)
     return found
 
 
@@ -297,25 +296,23 @@ def compile_only() -> None:
             command = [triton.knobs.nvidia.cuobjdump.path, "-sass", f.name]
             sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         products, waits = re.findall(r"HGMMA\..*", sass), re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", sass)
+        groups = sum("gsb0" in p for p in products)
         between = re.findall(r"DEPBAR\.LE gsb0, 0x1(.*?)DEPBAR\.LE gsb0, 0x0", sass, re.DOTALL)
         print(f"{variant}, Triton {triton.__version__}: {registers} registers, {spills} bytes spilled, "
-              f"{kernel.metadata.shared} bytes shared, {kernel.metadata.num_warps} warps\n"
-              f"    {len(products)} HGMMA in {sum('gsb0' in p for p in products)} groups, waits for 0 groups {waits.count('0')}, "
-              f"for 1 {waits.count('1')}; exponentials from a wait for 1 to the next: {[b.count('MUFU.EX2') for b in between]}")
+              f"{kernel.metadata.shared} bytes shared, {kernel.metadata.num_warps} warps; {len(products)} HGMMA in "
+              f"{groups} groups, waits that leave 0: {waits.count('0')}, 1: {waits.count('1')}, exponentials from one "
+              f"that leaves 1 to the next: {[b.count('MUFU.EX2') for b in between]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile", action="store_true", help="only compile for sm_90 and describe the code; needs no GPU")
-    parser.add_argument("--check", metavar="VARIANT", choices=VARIANTS, help="only check a variant, in this process")
+    parser.add_argument("--compile", action="store_true", help="only compile for sm_90, which needs no GPU")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     args = parser.parse_args()
     if args.compile:
         return compile_only()
     if not torch.cuda.is_available():
-        sys.exit("gluon_attention: needs a GPU; only --compile does not")
-    if args.check:
-        return check(args.check)
+        sys.exit("gluon_attention: needs a GPU; --compile does not")
     found, clock, rows = problems(), Clock("cuda"), []
     for variant, problem in found.items():
         print(f"{variant} is not timed: {problem}")
