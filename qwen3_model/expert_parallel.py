@@ -49,8 +49,8 @@ def experts(
     ids count over all experts.
 
     Args:
-        dispatcher: how tokens travel: `AllToAll`, or `symmetric.SymmetricMemory` on the GPUs of one node; the results are
-            the same to the bit. One object serves all layers.
+        dispatcher: how tokens travel: `AllToAll`, or `symmetric.SymmetricMemory` on the GPUs of one node; what
+            arrives is the same to the bit. One object serves all layers.
     """
     x_MD, ids_MK, weights_MK, sent = dispatcher.dispatch(x, ids, weights)
     return dispatcher.combine(moe_experts(x_MD, gate_up, down, ids_MK, weights_MK), sent)
@@ -77,9 +77,9 @@ class AllToAll:
         process = torch.arange(self.world, device=ids_NK.device)
         wanted_PN = (owner_NK == process.view(-1, 1, 1)).any(-1)
         sizes = wanted_PN.sum(1)
-        counts = sizes.new_empty(self.world * self.world)
-        dist.all_gather_into_tensor(counts, sizes, group=self.group)
-        counts = counts.view(self.world, self.world).tolist()
+        counts = sizes.new_empty(self.world, self.world)
+        dist.all_gather(list(counts), sizes, group=self.group)
+        counts = counts.tolist()
         to, token = wanted_PN.nonzero(as_tuple=True)
         sent = Sent(token, counts[self.rank], counts, x_ND.shape[0])
         here = owner_NK[token] == to.unsqueeze(1)

@@ -1,13 +1,13 @@
 """Experts spread over the GPUs of one node: every process writes its rows into the memory of the GPU that wants them.
 
-`SymmetricMemory` is `expert_parallel.AllToAll` with another `exchange`. All processes know all counts, so each knows where in
-its peers' buffers its rows belong. Between two barriers it writes them there; then each takes what has come out of its own
-buffer. Nothing but copies and barriers is queued on the GPU; the counts go through the host, as they do in `AllToAll`.
+`SymmetricMemory` is `expert_parallel.AllToAll` with another `exchange`. All processes know all counts, so each knows
+where in its peers' buffers its rows belong. Between two barriers it writes them there; then each takes what has come
+out of its own buffer. Only copies and barriers are queued on the GPU; the counts go through the host, as in `AllToAll`.
 
-What has been run: offsets, gradients, growth and reuse, on 2 and 4 gloo processes whose buffers are shared CPU memory, bit
-for bit against `AllToAll` (tests/model). What has NOT been run, for want of two GPUs: `PeerBuffer`, that is, the buffer itself;
-tests/model/symmetric_gpu.py is its check. The calls it makes are the same in torch 2.11 and 2.13, where torch still counts
-them as alpha.
+What has been run: offsets, gradients, growth and reuse, on 2 to 4 gloo processes whose buffers are shared CPU memory,
+bit for bit against `AllToAll` (tests/model/test_expert_parallel.py). What has NOT been run, for want of two GPUs:
+`PeerBuffer`, that is, the buffer itself; tests/model/symmetric_gpu.py is its check. The calls it makes are declared
+alike in torch 2.11 and 2.13, where torch still counts them as alpha.
 
 Source of the buffers: PyTorch's manual, "PyTorch Symmetric Memory" (docs.pytorch.org/docs/2.11/symmetric_memory.html).
 """
@@ -30,7 +30,7 @@ TIMEOUT_MS = 600_000  # NCCL's default too: a process that waits longer for its 
 
 
 class Buffer(Protocol):
-    """Memory of each process that all processes of the group can write. To be made by all of them together, of equal size."""
+    """Memory of each process that all processes of the group can write. All make one together, of equal size."""
 
     parts: list[Tensor]  # uint8 [bytes] each: the memory of every process, as this one sees it
 
@@ -41,16 +41,16 @@ class Buffer(Protocol):
 class SymmetricMemory(AllToAll):
     """Into the peers' memory: for GPUs of one node that reach each other (NVLink, or PCIe with peer access).
 
-    To be made by all processes together, with the process's GPU as the current device, and used on one stream. Buffers are
-    of 2^n bytes, from 32 MiB on; each size is made once, when first needed, and kept: all of them take less than four times
-    the bytes of the largest exchange.
+    All processes make it together, each with its GPU as the current device, and use it on one stream. Buffers are of
+    2^n bytes, from 32 MiB on; each size is made once, when first needed, and kept: all of them together take less than
+    four times the bytes of the largest exchange, if that fills the smallest.
 
     Args:
         num_experts, group: as for `AllToAll`.
         buffer: makes a `Buffer` of so many bytes for a group.
 
-    Raises ValueError: experts that cannot be shared out evenly. RuntimeError: no CUDA, no symmetric memory in this torch,
-    processes on several nodes or on the same GPU, GPUs without access to each other.
+    Raises ValueError: experts that cannot be shared out evenly. RuntimeError: no CUDA, no symmetric memory in this
+    torch, processes on several nodes or on the same GPU, GPUs without access to each other.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class SymmetricMemory(AllToAll):
         self._buffer(0)  # what is missing is said here rather than in the first step
 
     def exchange(self, counts: list[list[int]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        most = max(map(sum, zip(*counts)))  # rows any process receives: a tensor's rows start at the same byte everywhere
+        most = max(map(sum, zip(*counts)))  # rows any process receives; so a tensor starts at the same byte everywhere
         starts, size = [], 0
         for t in tensors:
             starts.append(size)
@@ -77,10 +77,9 @@ class SymmetricMemory(AllToAll):
             span = buffer.parts[target][start + first * _row_bytes(t) : start + (first + n) * _row_bytes(t)]
             return span.view(t.dtype).view(n, *t.shape[1:])
 
-        me, peers = self.rank, [*range(self.rank + 1, self.world), *range(self.rank)]  # not all to the same one at once
-        own = [t.split(counts[me]) for t in tensors]
+        me, own = self.rank, [t.split(counts[self.rank]) for t in tensors]
         buffer.barrier()  # all have taken what came before
-        for p in peers:
+        for p in [*range(me + 1, self.world), *range(me)]:  # not all to the same one at once
             for t, start, parts in zip(tensors, starts, own):
                 rows(t, start, me, p).copy_(parts[p])
         buffer.barrier()  # all have written
@@ -90,7 +89,7 @@ class SymmetricMemory(AllToAll):
         return tuple(out)
 
     def _buffer(self, size: int) -> Buffer:
-        """One of at least `size` bytes; as this is the same number everywhere, all processes make a new one together."""
+        """One of at least `size` bytes: the same number everywhere, so all processes make a new one together."""
         size = max(SMALLEST, 1 << (size - 1).bit_length())
         if size not in self.buffers:
             self.buffers[size] = self.make(size, self.group)
@@ -98,15 +97,16 @@ class SymmetricMemory(AllToAll):
 
 
 class PeerBuffer:
-    """A `Buffer` on the current CUDA device, by torch's symmetric memory. Raises as `SymmetricMemory` does."""
+    """A `Buffer` on the current CUDA device, by torch's symmetric memory. RuntimeError as for `SymmetricMemory`."""
 
     def __init__(self, size: int, group: dist.ProcessGroup | None = None):
         if not torch.cuda.is_available():
-            raise RuntimeError("SymmetricMemory: CUDA is not available; expected a GPU for every process (AllToAll needs none)")
+            raise RuntimeError("SymmetricMemory: CUDA is not available; expected a GPU for every process, or AllToAll")
         try:
             from torch.distributed import _symmetric_memory as symmetric
         except ImportError as e:
-            raise RuntimeError(f"SymmetricMemory: torch {torch.__version__} lacks symmetric memory; expected 2.11 or later") from e
+            lacks = f"SymmetricMemory: torch {torch.__version__} has no symmetric memory; expected 2.11 or later"
+            raise RuntimeError(lacks) from e
         device = torch.cuda.current_device()
         places: list = [None] * dist.get_world_size(group)
         dist.all_gather_object(places, (socket.gethostname(), device), group=group)
@@ -123,15 +123,15 @@ def check_places(places: list[tuple[str, int]], access: Callable[[int, int], boo
     """The (host, CUDA device) of every process; RuntimeError if their GPUs cannot write into each other's memory."""
     hosts, devices = {host for host, _ in places}, [device for _, device in places]
     if len(hosts) > 1:
-        raise RuntimeError(f"SymmetricMemory: processes on hosts {sorted(hosts)}; expected one host (AllToAll spans several)")
+        raise RuntimeError(f"SymmetricMemory: processes on hosts {sorted(hosts)}; expected one host, or AllToAll")
     if len(set(devices)) < len(devices):
         raise RuntimeError(
             f"SymmetricMemory: CUDA devices by process are {devices}; expected a different one for each: call "
             "torch.cuda.set_device(LOCAL_RANK) first, with all GPUs in CUDA_VISIBLE_DEVICES"
         )
     for a in devices:
-        if out_of_reach := [b for b in devices if b != a and not access(a, b)]:
-            raise RuntimeError(f"SymmetricMemory: device {a} has no peer access to {out_of_reach}; expected NVLink or PCIe peers")
+        if far := [b for b in devices if b != a and not access(a, b)]:
+            raise RuntimeError(f"SymmetricMemory: device {a} has no peer access to {far}; expected NVLink or PCIe")
 
 
 def _row_bytes(t: Tensor) -> int:

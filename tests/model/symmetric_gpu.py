@@ -1,9 +1,9 @@
-"""Tokens through peers' memory against NCCL's all_to_all_single on 2 GPUs: forward and backward bitwise, and the times.
+"""Tokens through peers' memory against NCCL's all_to_all_single: forward and backward bitwise, and the times.
 
-    torchrun --nproc-per-node 2 tests/model/symmetric_gpu.py
+    torchrun --nproc-per-node 2 tests/model/symmetric_gpu.py    # from 3 on, rows of several peers share a buffer
 
 The first process prints one line, "OK" or "FAIL" and why, with the times; it all ends within a minute, hanging or not.
-Not a pytest file: it needs two GPUs. `compare` is also what the CPU tests call.
+Not a pytest file: it needs a GPU for every process. `compare` is also what the CPU tests call.
 """
 
 import faulthandler
@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,20 +22,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from qwen3_model.expert_parallel import AllToAll, Dispatcher  # noqa: E402
 from qwen3_model.symmetric import SymmetricMemory  # noqa: E402
 
-SECONDS = 50
+SECONDS = 40
 REPEATS = 20
 E, K, D = 128, 8, 2048
-TOKENS = [(700, 700), (8192, 8192), (33, 9000), (0, 512), (1, 0), (0, 0), (12000, 5)]  # by process: growing and shrinking
-TO = [range(E), range(E // 2), range(E // 2, E)]  # all experts; those of the first, of the second process
+TOKENS = [(700, 700), (8192, 8192), (33, 9000), (0, 512), (1, 0), (0, 0), (12000, 5)]  # even, odd process
+TO = [range(E), range(8), range(E - 8, E)]  # all experts; some of the first, of the last process
 
 
-def inputs(n: int, width: int, to: Sequence[int], k: int, dtype: torch.dtype, device: str, seed: int) -> list[torch.Tensor]:
+def inputs(n: int, width: int, to: range, k: int, dtype: torch.dtype, device: str, seed: int) -> list[torch.Tensor]:
     """x [n, width], ids [n, k] among `to`, weights [n, k] in float32, and a gradient for the output."""
-    g = torch.Generator(device).manual_seed(seed * dist.get_world_size() + dist.get_rank())
-    x = torch.randn(n, width, device=device, generator=g).to(dtype)
-    ids = torch.rand(n, len(to), device=device, generator=g).argsort(1)[:, :k] + to[0]
-    weights = torch.rand(n, k, device=device, generator=g)
-    return [x, ids, weights, torch.randn(n, width, device=device, generator=g).to(dtype)]
+    torch.manual_seed(seed * dist.get_world_size() + dist.get_rank())
+    x, dout = (torch.randn(n, width, device=device).to(dtype) for _ in range(2))
+    ids = torch.rand(n, len(to), device=device).argsort(1)[:, :k] + to[0]
+    return [x, ids, torch.rand(n, k, device=device), dout]
 
 
 def step(dispatcher: Dispatcher, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -46,10 +45,9 @@ def step(dispatcher: Dispatcher, x: torch.Tensor, ids: torch.Tensor, weights: to
 
 
 def compare(
-    wanted: Dispatcher, got: Dispatcher, n: int, width: int, to: Sequence[int], k: int, dtype: torch.dtype, device: str, seed: int
+    wanted: Dispatcher, got: Dispatcher, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, dout: torch.Tensor
 ) -> list[str]:
     """The tensors and gradients that are not the same to the bit."""
-    x, ids, weights, dout = inputs(n, width, to, k, dtype, device, seed)
     both = []
     for dispatcher in (wanted, got):
         leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
@@ -82,34 +80,42 @@ def timed(nccl: AllToAll, ours: SymmetricMemory) -> str:
     leaves = x.requires_grad_(), weights.requires_grad_()
     _, _, _, sent = nccl.dispatch(x.detach(), ids, weights.detach())
     rows = x.detach()[sent.token]
-    forward = [lambda d=d: step(d, x.detach(), ids, weights.detach()) for d in (nccl, ours)]
-    train = [lambda d=d: torch.autograd.grad(step(d, leaves[0], ids, leaves[1])["out"], leaves, dout) for d in (nccl, ours)]
-    alone = [lambda d=d: d.exchange(sent.counts, rows) for d in (nccl, ours)]
-    names = "exchange of rows alone", "dispatch + combine", "the same with backward"
-    told = [f"{name} {a:.3f} / {b:.3f}" for name, (a, b) in zip(names, (milliseconds(*c) for c in (alone, forward, train)))]
-    sizes = [8192, sent.sizes[1 - dist.get_rank()]]
-    return f"ms, NCCL / ours, {sizes[0]} x {D} bf16 to {K} of {E} ({sizes[1]} rows to the peer): {', '.join(told)}"
+    jobs = {
+        "exchange of rows alone": lambda d: d.exchange(sent.counts, rows),
+        "dispatch + combine": lambda d: step(d, x.detach(), ids, weights.detach()),
+        "with backward": lambda d: torch.autograd.grad(step(d, leaves[0], ids, leaves[1])["out"], leaves, dout),
+    }
+    told = []
+    for name, job in jobs.items():
+        theirs, mine = milliseconds(lambda: job(nccl), lambda: job(ours))
+        told.append(f"{name} {theirs:.3f} / {mine:.3f}")
+    away = sum(sent.sizes) - sent.sizes[dist.get_rank()]
+    return f"ms, NCCL / ours, 8192 x {D} bf16 to {K} of {E} ({away} rows to peers): {', '.join(told)}"
 
 
 def main() -> str:
     """What the line says."""
-    if torch.cuda.device_count() < 2 or os.environ.get("WORLD_SIZE") != "2":
-        return "FAIL: expected 2 GPUs and: torchrun --nproc-per-node 2 tests/model/symmetric_gpu.py"
+    world, gpus = int(os.environ.get("WORLD_SIZE", 0)), torch.cuda.device_count()
+    if not 2 <= world <= gpus:
+        return f"FAIL: {world} processes of torchrun, {gpus} GPUs; expected at least two processes and a GPU for each"
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    nccl, ours = AllToAll(E), SymmetricMemory(E)
+    nccl, ours, rank = AllToAll(E), SymmetricMemory(E), dist.get_rank()
     wrong = []
     for repeat in range(REPEATS):
         for case, tokens in enumerate(TOKENS):
             to, dtype = TO[(repeat + case) % 3], (torch.bfloat16, torch.float32)[(repeat + case) % 2]
-            different = compare(nccl, ours, tokens[dist.get_rank()], D, to, K, dtype, "cuda", 100 * repeat + case)
-            wrong += [f"repeat {repeat}, {tokens} tokens to {to}, {dtype}: {d} on {dist.get_rank()}" for d in different]
-    gathered: list = [None, None]
+            given = inputs(tokens[rank % 2], D, to, K, dtype, "cuda", 100 * repeat + case)
+            different = compare(nccl, ours, *given)
+            wrong += [f"repeat {repeat}, {tokens} tokens to {to}, {dtype}: {d} on {rank}" for d in different]
+    gathered: list = [None] * world
     dist.all_gather_object(gathered, wrong)
-    wrong, n = gathered[0] + gathered[1], REPEATS * len(TOKENS)
-    verdict = f"FAIL: {len(wrong)} tensors differ, first: {wrong[0]}" if wrong else f"OK: {n} exchanges and gradients bitwise"
-    buffers = [size >> 20 for size in sorted(ours.buffers)]
-    return f"{verdict}; {timed(nccl, ours)}; buffers {buffers} MiB, torch {torch.__version__}, {torch.cuda.get_device_name()}"
+    wrong = sum(gathered, [])
+    verdict = f"OK: {REPEATS} x {len(TOKENS)} inputs, forward and backward bitwise"
+    if wrong:
+        verdict = f"FAIL: {len(wrong)} tensors differ, first: {wrong[0]}"
+    buffers, gpu = [size >> 20 for size in sorted(ours.buffers)], torch.cuda.get_device_name()
+    return f"{verdict}; {timed(nccl, ours)}; buffers of {buffers} MiB; torch {torch.__version__}, {gpu}"
 
 
 if __name__ == "__main__":
