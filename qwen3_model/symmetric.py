@@ -63,6 +63,7 @@ class SymmetricMemory(AllToAll):
         self.make, self.buffers = buffer or PeerBuffer, {}
         self._buffer(0)  # what is missing is said here rather than in the first step
 
+    @torch.no_grad()  # buffers outlive a step: no graph may grow on them
     def exchange(self, counts: list[list[int]], *tensors: Tensor) -> tuple[Tensor, ...]:
         most = max(map(sum, zip(*counts)))  # rows any process receives; so a tensor starts at the same byte everywhere
         starts, size = [], 0
