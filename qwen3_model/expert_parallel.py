@@ -4,6 +4,7 @@ A token is sent once to every process that holds any of its experts, with all of
 experts of other processes are numbers past the end, which `moe_experts` leaves out, and what comes back is one row, the
 weighted sum over the experts there. `Dispatcher` is what a transport has to offer; `AllToAll` is the one on torch's
 collectives, for correctness everywhere rather than for speed: the sizes go through the host, and nothing overlaps.
+`symmetric.SymmetricMemory` is the one for the GPUs of a single node, which write into each other's memory.
 
 Source: Lepikhin et al. 2020, GShard (arXiv 2006.16668), section 3, for experts on several devices.
 """
@@ -26,7 +27,7 @@ class Sent(NamedTuple):
 
     token: Tensor  # int64 [rows sent]: ordered by process, then token
     sizes: list[int]  # rows sent to each process
-    received: list[int]  # rows received from each process
+    counts: list[list[int]]  # counts[q][p]: rows that process q sends to process p
     N: int
 
 
@@ -45,7 +46,12 @@ def experts(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dispatcher: Dispatcher
 ) -> Tensor:
     """`moe_experts` with this process's tokens and its share of the experts: gate_up [E / processes, 2I, D], down alike;
-    ids count over all experts."""
+    ids count over all experts.
+
+    Args:
+        dispatcher: how tokens travel: `AllToAll`, or `symmetric.SymmetricMemory` on the GPUs of one node; what
+            arrives is the same to the bit. One object serves all layers.
+    """
     x_MD, ids_MK, weights_MK, sent = dispatcher.dispatch(x, ids, weights)
     return dispatcher.combine(moe_experts(x_MD, gate_up, down, ids_MK, weights_MK), sent)
 
@@ -61,7 +67,7 @@ class AllToAll:
     """
 
     def __init__(self, num_experts: int, group: dist.ProcessGroup | None = None):
-        self.group, self.world = group, dist.get_world_size(group)
+        self.group, self.world, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         if num_experts % self.world:
             raise ValueError(f"AllToAll: num_experts is {num_experts}; expected a multiple of the {self.world} processes")
         self.local = num_experts // self.world
@@ -71,26 +77,33 @@ class AllToAll:
         process = torch.arange(self.world, device=ids_NK.device)
         wanted_PN = (owner_NK == process.view(-1, 1, 1)).any(-1)
         sizes = wanted_PN.sum(1)
-        received = torch.empty_like(sizes)
-        dist.all_to_all_single(received, sizes, group=self.group)
+        counts = sizes.new_empty(self.world, self.world)
+        dist.all_gather(list(counts), sizes, group=self.group)
+        counts = counts.tolist()
         to, token = wanted_PN.nonzero(as_tuple=True)
-        sent = Sent(token, sizes.tolist(), received.tolist(), x_ND.shape[0])
+        sent = Sent(token, counts[self.rank], counts, x_ND.shape[0])
         here = owner_NK[token] == to.unsqueeze(1)
         ids_SK = torch.where(here, ids_NK[token] - to.unsqueeze(1) * self.local, self.local)
-        ids_MK = _exchanged(ids_SK, sent.sizes, sent.received, self.group)
+        (ids_MK,) = self.exchange(counts, ids_SK)
         rows = _Gather.apply(x_ND, sent), _Gather.apply(weights_NK, sent)
-        x_MD, weights_MK = _Exchange.apply(self.group, sent.sizes, sent.received, *rows)
+        x_MD, weights_MK = _Exchange.apply(self.exchange, counts, *rows)
         return x_MD, ids_MK, weights_MK, sent
 
     def combine(self, y_MD: Tensor, sent: Sent) -> Tensor:
-        (y_SD,) = _Exchange.apply(self.group, sent.received, sent.sizes, y_MD)
+        (y_SD,) = _Exchange.apply(self.exchange, _transposed(sent.counts), y_MD)
         return _Scatter.apply(y_SD, sent)
 
+    def exchange(self, counts: list[list[int]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Of each tensor, counts[q][p] rows from process q to process p; what comes is ordered by process."""
+        sizes, received = counts[self.rank], _transposed(counts)[self.rank]
+        out = tuple(t.new_empty(sum(received), *t.shape[1:]) for t in tensors)
+        for o, t in zip(out, tensors):
+            dist.all_to_all_single(o, t.contiguous(), received, sizes, group=self.group)
+        return out
 
-def _exchanged(rows: Tensor, sizes: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sizes, group=group)
-    return out
+
+def _transposed(counts: list[list[int]]) -> list[list[int]]:
+    return [list(c) for c in zip(*counts)]
 
 
 def _summed(rows: Tensor, sent: Sent) -> Tensor:
@@ -133,10 +146,10 @@ class _Exchange(torch.autograd.Function):
     their gradients in the same order."""
 
     @staticmethod
-    def forward(ctx, group, sizes, received, *tensors):
-        ctx.route = received, sizes, group
-        return tuple(_exchanged(t, sizes, received, group) for t in tensors)
+    def forward(ctx, exchange, counts, *tensors):
+        ctx.exchange, ctx.counts = exchange, counts
+        return exchange(counts, *tensors)
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, None, None, *(_exchanged(g, *ctx.route) for g in grads)
+        return None, None, *ctx.exchange(_transposed(ctx.counts), *grads)
