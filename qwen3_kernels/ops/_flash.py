@@ -80,9 +80,10 @@ _flag = threading.Lock()
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """Torch's backward gives each program a dq of its own, summed in order, if and only if deterministic algorithms are asked
-    for, and reads that when it is launched. The flag is the process's, and there is no argument: the lock keeps two threads
-    from restoring each other's, and set_deterministic_debug_mode leaves inductor's settings alone."""
+    """Torch's backward gives each program a dq of its own, and sums these in order, if and only if deterministic algorithms are
+    asked for when it is launched; it has no argument for that. The flag is the process's: the lock keeps two threads from
+    restoring each other's, but work that another thread launches in these microseconds sees it, too. (Set by the debug mode
+    since use_deterministic_algorithms would change inductor's settings as well.)"""
     with _flag:
         before = torch.get_deterministic_debug_mode()
         torch.set_deterministic_debug_mode("error")
