@@ -1,7 +1,7 @@
 """torch's FlashAttention kernels for CUDA as the functions of a backend of `attention`.
 
-They are called by themselves, not through scaled_dot_product_attention, which may take others (cuDNN's among them), keeps the
-log-sum-exp to itself, and whose backward adds to dq in the order in which its programs happen to come.
+They are called by themselves, not through scaled_dot_product_attention, which may take others (cuDNN's among them),
+keeps the log-sum-exp to itself, and whose backward adds to dq in the order in which its programs happen to come.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _documents(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor 
     if cu_seqlens is None:
         return None, None, q.shape[1], k.shape[1]
     cu_seqlens = cu_seqlens.contiguous()
-    # The longest document only sizes the grid, so N serves and no host sync is needed to find it. At 1, they would take it
-    # that every document has a query, and 1 can be N with empty documents about.
+    # The longest document only sizes the grid, so N serves and no host sync is needed to find it. At 1, they would take
+    # it that every document has a query, and 1 can be N with empty documents about.
     longest = max(q.shape[0], 2)
     return cu_seqlens, cu_seqlens, longest, longest
 
@@ -70,7 +70,7 @@ def _readable(t: Tensor) -> Tensor:
 
 
 def aligned(t: Tensor) -> Tensor:
-    """The tensor itself when it can be read in units of 16 bytes: D contiguous, everything else in steps of 8 numbers."""
+    """The tensor itself when it can be read in units of 16 bytes: D contiguous, all else in steps of 8 numbers."""
     fits = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1])
     return t if fits else t.contiguous()
 
@@ -80,10 +80,10 @@ _flag = threading.Lock()
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """Torch's backward gives each program a dq of its own, and sums these in order, if and only if deterministic algorithms are
-    asked for when it is launched; it has no argument for that. The flag is the process's: the lock keeps two threads from
-    restoring each other's, but work that another thread launches in these microseconds sees it, too. (Set by the debug mode
-    since use_deterministic_algorithms would change inductor's settings as well.)"""
+    """Torch's backward gives each program a dq of its own, and sums these in order, if and only if deterministic
+    algorithms are asked for when it is launched; it has no argument for that. The flag is the process's: the lock keeps
+    two threads from restoring each other's, but work that another thread launches in these microseconds sees it, too.
+    (Set by the debug mode since use_deterministic_algorithms would change inductor's settings as well.)"""
     with _flag:
         before = torch.get_deterministic_debug_mode()
         torch.set_deterministic_debug_mode("error")

@@ -80,9 +80,9 @@ def attention(
         out, q's shape and dtype; with ``return_lse`` the pair (out, lse float32 [B, Tq, Hq] or [N, Hq]). A query that
         sees no key gives 0 (lse -inf).
 
-    Gradients are the same bits at every run. What the compiled kernels do not take runs on CUDA in torch's flash kernels (half
-    precision, D up to 256, no q_start), else in its scaled_dot_product_attention, whose fused kernels have no fixed order
-    of sums: gradients, and lse, then take the whole score matrix.
+    Gradients are the same bits at every run. What the compiled kernels do not take runs on CUDA in torch's flash kernels
+    (half precision, D up to 256, no q_start), else in its scaled_dot_product_attention, whose fused kernels have no fixed
+    order of sums: gradients, and lse, then take the whole score matrix.
 
     FLOPs: forward 4·D·Hq per visible (query, key) pair, backward 2.5 times that.
 
@@ -149,8 +149,8 @@ def _sdpa(
     mask = None
     if causal and (q_start is not None or q.shape[1] != k.shape[1]):
         causal, mask = False, _causal_mask(q, k, q_start)
-    # On CUDA the fused kernels add to gradients with atomics, and some look for the largest score before a scale that makes it
-    # the smallest: plain steps then.
+    # On CUDA the fused kernels add to gradients with atomics, and some look for the largest score before a scale that
+    # makes it the smallest: plain steps then.
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     plain = q.is_cuda and (needs_grad or scale <= 0)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))

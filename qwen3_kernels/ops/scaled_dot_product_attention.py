@@ -16,11 +16,11 @@ def scaled_dot_product_attention(
     """In place of ``torch.nn.functional.scaled_dot_product_attention``: ``attention`` with heads before tokens.
 
     Args:
-        query: [B, Hq, Tq, D], key, value: [B, Hk, Tk, D], Hq equal to Hk, or a multiple of it with ``enable_gqa``. float32,
-            bfloat16 or float16; views, of a packed projection too, are not copied.
+        query: [B, Hq, Tq, D], key, value: [B, Hk, Tk, D], Hq equal to Hk, or a multiple of it with ``enable_gqa``.
+            float32, bfloat16 or float16; views, of a packed projection too, are not copied.
         attn_mask, dropout_p: None and 0: there are no kernels for others.
-        is_causal: query i sees keys 0 to i. Where Tq and Tk differ this is torch's meaning, not ``attention``'s, whose last
-            query sees the last key.
+        is_causal: query i sees keys 0 to i. Where Tq and Tk differ this is torch's meaning, not ``attention``'s, whose
+            last query sees the last key.
         scale: multiplies the scores; default D**-0.5.
 
     Returns: [B, Hq, Tq, D], in query's dtype.

@@ -209,7 +209,8 @@ def test_gradcheck(form, causal):
         keys = (2, 5)
         if form == "cached":
             options["q_start"] = torch.tensor([0, 2], dtype=torch.int32)
-    q, k, v = (torch.randn(*t, H, 4, dtype=torch.float64, requires_grad=True) for t, H in ((lead, 4), (keys, 2), (keys, 2)))
+    shapes = (*lead, 4, 4), (*keys, 2, 4), (*keys, 2, 4)
+    q, k, v = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
     for function in (attention, attention_ref):
         assert torch.autograd.gradcheck(lambda q, k, v: function(q, k, v, **options), (q, k, v))
 

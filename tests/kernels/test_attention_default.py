@@ -1,5 +1,5 @@
-"""attention and qk_norm_attention with the kernels they choose by themselves, torch's among them: repeatable, in CUDA graphs,
-lean, and at offsets beyond 2^31."""
+"""attention and qk_norm_attention with the kernels they choose by themselves, torch's among them: repeatable, in CUDA
+graphs, lean, and at offsets beyond 2^31."""
 
 import pytest
 import torch
@@ -49,15 +49,17 @@ def test_forward_and_backward_in_a_cuda_graph(function, form, width, dtype):
     """Replayed with other inputs, among them other documents."""
     if form == "packed" and dtype == torch.float32:
         pytest.skip("documents one by one: their lengths go to the host")
-    held, *others = (random(function, form, width, dtype, n) for n in ((0, 200, 1, 99), (90, 10, 0, 200), (1, 1, 298, 0)))
-    wanted = [t.requires_grad_() for n, t in held.items() if t.is_floating_point() and n not in selfcheck.CONSTANTS]
+    documents = (0, 200, 1, 99), (90, 10, 0, 200), (1, 1, 298, 0)
+    held, *others = (random(function, form, width, dtype, lengths) for lengths in documents)
+    leaves = [t for n, t in held.items() if t.is_floating_point() and n not in selfcheck.CONSTANTS]
+    wanted = [t.requires_grad_() for t in leaves]
     dout = torch.randn_like(held["q"])
 
     def step():
         out = function(**held)
         return out.detach(), *torch.autograd.grad(out, wanted, dout)
 
-    # Outside of the graph first, on another stream as torch asks: self-checks, and what is compiled or loaded at first use.
+    # Outside of the graph first, on another stream as torch asks: self-checks, and what is loaded at first use.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -86,9 +88,11 @@ def test_forward_and_backward_in_a_cuda_graph(function, form, width, dtype):
 def test_torchs_flash_kernels(dtype, width, causal, form):
     """Which queries see which keys, and what those that see none get, as everywhere else; lse is in float32."""
     inputs = {
-        "batched": lambda: batched(2, 150, 150, 4, 2, width, dtype), "longer-keys": lambda: batched(2, 1, 300, 4, 2, width, dtype),
+        "batched": lambda: batched(2, 150, 150, 4, 2, width, dtype),
+        "longer-keys": lambda: batched(2, 1, 300, 4, 2, width, dtype),
         "longer-queries": lambda: batched(1, 200, 70, 4, 4, width, dtype),
-        "packed": lambda: packed((0, 1, 130, 0, 69), 4, 2, width, dtype), "one-token": lambda: packed((0, 1, 0), 4, 2, width, dtype),
+        "packed": lambda: packed((0, 1, 130, 0, 69), 4, 2, width, dtype),
+        "one-token": lambda: packed((0, 1, 0), 4, 2, width, dtype),
     }[form]()
     truth = {n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()}
     want = selfcheck.outputs_and_grads(lambda **kw: attention_ref(**kw, causal=causal), truth)
@@ -105,9 +109,10 @@ def test_torchs_flash_kernels(dtype, width, causal, form):
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["batched", "packed"])
 def test_torchs_flash_kernels_are_registered_and_compile(form):
-    inputs = packed((5, 0, 60), 4, 2, 64, torch.float16) if form == "packed" else batched(2, 65, 65, 4, 2, 64, torch.float16)
+    inputs = random(attention, form, 64, torch.float16, (5, 0, 60))
     q, k, v = (inputs[n].clone().requires_grad_() for n in "qkv")
-    torch.library.opcheck(torch.ops.qwen3.attention.default, (q, k, v, inputs.get("cu_seqlens"), None, True, 0.125, "flash"))
+    args = (q, k, v, inputs.get("cu_seqlens"), None, True, 0.125, "flash")
+    torch.library.opcheck(torch.ops.qwen3.attention.default, args)
     torch._dynamo.reset()
     compiled = torch.compile(lambda **kw: attention(**kw), fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, *(selfcheck.outputs_and_grads(f, inputs) for f in (attention, compiled))))
@@ -180,11 +185,11 @@ def large_offsets(name, big):
     "rms_norm and residual", "swiglu", "cross_entropy",
 ])
 def test_offsets_beyond_2_31(name):
-    """Rows of one big buffer, the last ones beyond 2^31 elements, give the bits of the same rows side by side; so do the
-    gradients of outputs that lie like that."""
+    """Rows of one big buffer, the last ones beyond 2^31 elements, give the bits of the same rows side by side; so do
+    the gradients of outputs that lie like that."""
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 12e9:
         pytest.skip("less than 12 GB of memory are free")
-    big = torch.empty(ROWS, STRIDE, dtype=torch.bfloat16, device=DEVICE)  # on a CPU, pages that are not touched cost nothing
+    big = torch.empty(ROWS, STRIDE, dtype=torch.bfloat16, device=DEVICE)  # on a CPU, only touched pages are taken
     if DEVICE == "cuda":
         big.fill_(torch.nan)
     function, inputs = large_offsets(name, big)

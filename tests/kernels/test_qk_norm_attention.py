@@ -177,8 +177,9 @@ def rounding(q, k, v, q_weight, k_weight, cos, sin, cu_seqlens=None, scale=None)
 @pytest.mark.parametrize("lengths", [None, (0, 100, 1, 29)], ids=["batched", "packed"])
 @pytest.mark.parametrize("logits", ["usual", "1e4"])
 def test_what_runs_by_default_in_half_precision(dtype, width, lengths, logits):
-    """On CUDA, Hopper's kernels in bfloat16 at a width of 128, else torch's; on the CPU, the compiled ones in bfloat16. Of large
-    logits the rounded heads decide, not the rounded probabilities: ``ref`` has the same, and few queries share the error."""
+    """On CUDA, Hopper's kernels in bfloat16 at a width of 128, else torch's; on the CPU, the compiled ones in bfloat16.
+    Of large logits the error is that of the rounded heads, which ``ref`` has, too, and it is that of few queries: by how
+    much a rounded probability adds to it or not is luck."""
     plain = ref if logits == "1e4" else rounding
     found = {"truth": [], "plain": [], "got": []}
     for _ in range(3):

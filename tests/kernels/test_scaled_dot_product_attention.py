@@ -22,7 +22,8 @@ def random(Hq, Hk, Tq, Tk, D=64, dtype=torch.float32):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_outputs_and_gradients_are_those_of_torch(shape, causal, dtype, backend):
     """At most twice the error of torch's own, whose meaning it is that is_causal starts at the first key."""
-    inputs, options = random(*shape, dtype=DTYPES[dtype]), {"is_causal": causal, "scale": 0.2, "enable_gqa": shape[0] != shape[1]}
+    inputs = random(*shape, dtype=DTYPES[dtype])
+    options = {"is_causal": causal, "scale": 0.2, "enable_gqa": shape[0] != shape[1]}
     with dispatch.use(backend) if backend else contextlib.nullcontext():
         ratios = selfcheck.ratios(scaled_dot_product_attention, F.scaled_dot_product_attention, inputs, **options)
     assert max(ratios) <= selfcheck.LIMIT, ratios
