@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _cuda as core
 from ..cpu._core import heads
+from ..ops._flash import aligned
 
 DTYPES = (torch.bfloat16,)
 CAPABILITY = (9, 0)  # wgmma
@@ -85,9 +86,3 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor | None
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def aligned(t: Tensor) -> Tensor:
-    """The tensor itself when TMA can read it: D contiguous, everything else in steps of 16 bytes."""
-    fits = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1])
-    return t if fits else t.contiguous()

@@ -11,6 +11,7 @@ from .paged_attention import paged_attention, paged_attention_ref, paged_write, 
 from .qk_norm_attention import qk_norm_attention, qk_norm_attention_ref
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from .rms_norm import rms_norm, rms_norm_ref
+from .scaled_dot_product_attention import scaled_dot_product_attention
 from .swiglu import swiglu, swiglu_ref
 from .swiglu_mlp import swiglu_mlp, swiglu_mlp_ref
 
@@ -19,5 +20,6 @@ __all__ = [
     "cross_entropy_ref", "linear_cross_entropy", "linear_cross_entropy_ref", "linear_kl", "linear_kl_ref",
     "moe_experts", "moe_experts_ref", "moe_lora", "moe_lora_ref", "moe_router", "moe_router_ref", "paged_attention",
     "paged_attention_ref", "paged_write", "paged_write_ref", "qk_norm_attention", "qk_norm_attention_ref", "qk_norm_rope",
-    "qk_norm_rope_ref", "rms_norm", "rms_norm_ref", "routing_plan", "swiglu", "swiglu_mlp", "swiglu_mlp_ref", "swiglu_ref",
+    "qk_norm_rope_ref", "rms_norm", "rms_norm_ref", "routing_plan", "scaled_dot_product_attention", "swiglu", "swiglu_mlp",
+    "swiglu_mlp_ref", "swiglu_ref",
 ]

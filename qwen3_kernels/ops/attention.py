@@ -6,14 +6,16 @@ for grouped queries.
 
 from __future__ import annotations
 
-import functools
-import inspect
+import contextlib
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import dispatch
+from . import _flash
 from ._check import floating, require, same_device, same_dtype
 
 
@@ -78,6 +80,10 @@ def attention(
         out, q's shape and dtype; with ``return_lse`` the pair (out, lse float32 [B, Tq, Hq] or [N, Hq]). A query that
         sees no key gives 0 (lse -inf).
 
+    Gradients are the same bits at every run. What the compiled kernels do not take runs on CUDA in torch's flash kernels
+    (half precision, D up to 256, no q_start), else in its scaled_dot_product_attention, whose fused kernels have no fixed
+    order of sums: gradients, and lse, then take the whole score matrix.
+
     FLOPs: forward 4·D·Hq per visible (query, key) pair, backward 2.5 times that.
 
     Raises:
@@ -85,9 +91,11 @@ def attention(
     """
     check("attention", q, k, v, cu_seqlens, q_start)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    backend = backend_for(q, k, q_start, scale)
-    if backend == "torch" or q.numel() == 0 or k.numel() == 0:
-        if return_lse or q.numel() == 0 or k.numel() == 0:
+    backend, empty = backend_for(q, k, q_start, scale), q.numel() == 0 or k.numel() == 0
+    if backend == "torch" and _flash.fits(q, q_start, scale):
+        backend = "flash"
+    if backend == "torch" or empty:
+        if return_lse or empty:
             return attention_ref(
                 q, k, v, causal=causal, scale=scale, cu_seqlens=cu_seqlens, q_start=q_start, return_lse=return_lse
             )
@@ -131,10 +139,8 @@ def backend_for(q: Tensor, k: Tensor, q_start: Tensor | None, scale: float) -> s
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, cu_seqlens: Tensor | None, q_start: Tensor | None
 ) -> Tensor:
-    """torch's own attention: flash varlen on CUDA in half precision, else scaled_dot_product_attention."""
+    """torch's scaled_dot_product_attention."""
     if cu_seqlens is not None:
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return _flash_varlen(q, k, v, causal, scale, cu_seqlens)
         # split, not slices: its backward is one cat, where each slice would write a whole zero-filled gradient
         # (113 against 69 ms for 16 documents of 128 tokens, 16+8 heads, on 2 cores).
         lengths = cu_seqlens.diff().tolist()
@@ -143,37 +149,19 @@ def _sdpa(
     mask = None
     if causal and (q_start is not None or q.shape[1] != k.shape[1]):
         causal, mask = False, _causal_mask(q, k, q_start)
+    # On CUDA the fused kernels add to gradients with atomics, and some look for the largest score before a scale that
+    # makes it the smallest: plain steps then.
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    plain = q.is_cuda and (needs_grad or scale <= 0)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    ).transpose(1, 2)
+    with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        ).transpose(1, 2)
 
 
-def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, cu_seqlens: Tensor) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 to 2.13 added these arguments one by one; what is missing is done by hand.
-    known, options = _parameters(varlen_attn), {}
-    if "window_size" in known:
-        options["window_size"] = (-1, 0 if causal else -1)
-    else:
-        options["is_causal"] = causal
-    if "scale" in known:
-        options["scale"] = scale
-    else:
-        q = q * (scale * q.shape[-1] ** 0.5)
-    group = q.shape[1] // k.shape[1]
-    if "enable_gqa" in known:
-        options["enable_gqa"] = group > 1
-    elif group > 1:
-        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-    # The bound on the longest document only sizes the grid, so N serves and no host sync is needed to find it.
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, q.shape[0], k.shape[0], **options)
-
-
-@functools.cache
-def _parameters(function) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+def _kernels(backend: str) -> ModuleType:
+    return _flash if backend == "flash" else dispatch.backend("attention", backend)
 
 
 @torch.library.custom_op("qwen3::attention", mutates_args=())
@@ -182,7 +170,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(out like q, contiguous; lse float32, q's shape without D)."""
-    return dispatch.backend("attention", backend).forward(q, k, v, cu_seqlens, q_start, causal, scale)
+    return _kernels(backend).forward(q, k, v, cu_seqlens, q_start, causal, scale)
 
 
 @_forward.register_fake
@@ -195,9 +183,7 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
     q_start: Tensor | None, causal: bool, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return dispatch.backend("attention", backend).backward(
-        dout, q, k, v, out, lse, cu_seqlens, q_start, causal, scale
-    )
+    return _kernels(backend).backward(dout, q, k, v, out, lse, cu_seqlens, q_start, causal, scale)
 
 
 @_backward.register_fake

@@ -197,6 +197,24 @@ def test_on_cuda(dtype, form):
     assert max(map(selfcheck.error_ratio, got, plain, truth)) <= selfcheck.LIMIT
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("form", ["batched", "longer-keys", "packed", "cached"])
+def test_gradcheck(form, causal):
+    """Of the op and of its reference, which is the truth of all tests here."""
+    options, lead, keys = {"causal": causal}, (2, 3), (2, 3)
+    if form == "packed":
+        lead = keys = (5,)
+        options["cu_seqlens"] = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    elif form != "batched":
+        keys = (2, 5)
+        if form == "cached":
+            options["q_start"] = torch.tensor([0, 2], dtype=torch.int32)
+    shapes = (*lead, 4, 4), (*keys, 2, 4), (*keys, 2, 4)
+    q, k, v = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    for function in (attention, attention_ref):
+        assert torch.autograd.gradcheck(lambda q, k, v: function(q, k, v, **options), (q, k, v))
+
+
 GOOD = {n: t for n, t in batched(2, 6, 6, 4, 2, 8).items()}
 
 

@@ -5,6 +5,7 @@ from test_qk_norm_rope import table
 
 from qwen3_kernels import attention, dispatch, qk_norm_attention, qk_norm_rope, selfcheck
 from qwen3_kernels.ops.qk_norm_attention import qk_norm_attention_ref
+from qwen3_kernels.ops.qk_norm_rope import qk_norm_rope_ref
 
 # Where both parts have kernels: on the CPU the compiled ones; on CUDA see test_attention_hopper for bfloat16.
 parametrize_backend = pytest.mark.parametrize("backend", [b for b in backends("attention") if b == "cpu"])
@@ -35,6 +36,11 @@ def check(backend, inputs, **options):
     assert max(ratios) <= selfcheck.LIMIT, ratios
 
 
+def with_logits_of_1e4(inputs):
+    """Heads are normed, so the logits' size is that of the weights, squared."""
+    return inputs | {n: inputs[n] * 70 for n in ("q_weight", "k_weight")}
+
+
 @parametrize_backend
 @parametrize_dtype
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "again"])
@@ -55,6 +61,16 @@ def test_packed_documents(backend, dtype, lengths):
 @pytest.mark.parametrize("scale", [1e-6, 1e4], ids=["eps-dominated", "large"])
 def test_adversarial_scales(backend, dtype, scale):
     check(backend, inputs_for((1, 20), 4, 2, 48, dtype, scale=scale))
+
+
+@parametrize_backend
+@parametrize_dtype
+@pytest.mark.parametrize("lengths", [None, (0, 30, 1, 9)], ids=["batched", "packed"])
+def test_logits_of_1e4(backend, dtype, lengths):
+    inputs = with_logits_of_1e4(inputs_for((1, 40) if lengths is None else (40,), 4, 2, 64, dtype, lengths=lengths))
+    check(backend, inputs)
+    with dispatch.use(backend):
+        assert op(**inputs, return_lse=True)[1].abs().max() > 1e4
 
 
 @parametrize_backend
@@ -126,6 +142,56 @@ def test_the_fallback_on_torch_and_lse():
     want, want_lse = ref(**{n: t.double() for n, t in inputs.items()}, return_lse=True)
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_gradcheck(packed, causal):
+    """Of the op and of its reference, which is the truth of all tests here."""
+    lead, D = (4,) if packed else (2, 2), 4
+    shapes = [(*lead, 2, D), (*lead, 1, D), (*lead, 1, D), (D,), (D,)]
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    angle = torch.rand(lead[-1], D // 2, dtype=torch.float64) * 9
+    ends = torch.tensor([0, 1, 1, 4], dtype=torch.int32) if packed else None
+    for function in (qk_norm_attention, qk_norm_attention_ref):
+        run = lambda *t: function(*t, (angle.cos(), angle.sin()), cu_seqlens=ends, causal=causal)  # noqa: E731
+        assert torch.autograd.gradcheck(run, tensors)
+
+
+def rounding(q, k, v, q_weight, k_weight, cos, sin, cu_seqlens=None, scale=None):
+    """Plain torch that rounds what torch's flash kernels round, too: probabilities and the gradients of scores."""
+    q, k = qk_norm_rope_ref(q, k, q_weight, k_weight, cos, sin)
+    ends = [0, q.shape[-3]] if cu_seqlens is None else cu_seqlens.tolist()
+    parts = []
+    for a, b in zip(ends, ends[1:]):
+        qh, kh, vh = (t[..., a:b, :, :].transpose(-3, -2) for t in (q, k, v))
+        kh, vh = (t.repeat_interleave(qh.shape[-3] // kh.shape[-3], -3) for t in (kh, vh))
+        scores = (qh * scale @ kh.mT).float()  # scaled first: 65,504 is the end of float16
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        parts.append((scores.softmax(-1).to(q.dtype) @ vh).transpose(-3, -2))
+    return torch.cat(parts, -3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("lengths", [None, (0, 100, 1, 29)], ids=["batched", "packed"])
+@pytest.mark.parametrize("logits", ["usual", "1e4"])
+def test_what_runs_by_default_in_half_precision(dtype, width, lengths, logits):
+    """On CUDA, Hopper's kernels in bfloat16 at a width of 128, else torch's; on the CPU, the compiled ones in bfloat16.
+    Of large logits the error is that of the rounded heads, which ``ref`` has, too, and it is that of few queries: by how
+    much a rounded probability adds to it or not is luck."""
+    plain = ref if logits == "1e4" else rounding
+    found = {"truth": [], "plain": [], "got": []}
+    for _ in range(3):
+        inputs = inputs_for((1, 130) if lengths is None else (130,), 4, 2, width, dtype, lengths=lengths)
+        inputs = with_logits_of_1e4(inputs) if logits == "1e4" else inputs
+        wide = {n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()}
+        assert logits == "usual" or ref(**inputs, scale=0.125, return_lse=True)[1].abs().max() > 1e4
+        for name, function, given in (("truth", ref, wide), ("plain", plain, inputs), ("got", op, inputs)):
+            found[name].append(selfcheck.outputs_and_grads(lambda **kw: function(**kw, scale=0.125), given))
+    pooled = {n: [torch.stack(same) for same in zip(*draws)] for n, draws in found.items()}
+    ratios = [selfcheck.error_ratio(*t) for t in zip(pooled["got"], pooled["plain"], pooled["truth"], strict=True)]
+    assert max(ratios) <= selfcheck.LIMIT, ratios
 
 
 @pytest.mark.parametrize(
