@@ -260,7 +260,8 @@ def test_command_line(make_config, trainer_command, capsys):
         ({"optimizer_states": "int8"}, "optimizer_states is 'int8'"),
         ({"recompute": "some"}, "recompute is 'some'; expected one of"),
         ({"schedule": "step"}, "schedule is 'step'"), ({"warmup": 13}, "warmup 13"), ({"decay": 1.5}, "decay is 1.5"),
-        ({"router_z_loss": -1e-3}, "router_z_loss is -0.001"), ({"lr_floor": 2.0}, "floor 2.0"), ({"betas": (0.9, 1.0)}, "betas is"), ({"max_grad_norm": 0}, "max_grad_norm is 0"),
+        ({"router_z_loss": -1e-3}, "router_z_loss is -0.001"),
+        ({"lr_floor": 2.0}, "floor 2.0"), ({"betas": (0.9, 1.0)}, "betas is"), ({"max_grad_norm": 0}, "max_grad_norm is 0"),
     ],
     ids=str,
 )

@@ -170,8 +170,8 @@ def config_of(stage: Stage, scale: Scale, paths: Paths, *, seed: int, device: st
         seq_len=stage.seq_len, rows=rows, micros=min(scale.micros, rows), lr=stage.lr, schedule="wsd",
         warmup=min(stage.warmup, steps // 4), decay=stage.decay, lr_floor=stage.lr_end, optimizer=scale.optimizer,
         optimizer_states=scale.optimizer_states, router_z_loss=scale.router_z_loss, recompute=scale.recompute,
-        spike_sigma=scale.spike_sigma, spike_window=64, async_save=True, seed=seed, device=device, dtype=scale.dtype, eval_every=max(1, steps // 2),
-        log_every=max(1, steps // 20), save_every=max(1, steps // 3),
+        spike_sigma=scale.spike_sigma, spike_window=64, async_save=True, seed=seed, device=device, dtype=scale.dtype,
+        eval_every=max(1, steps // 2), log_every=max(1, steps // 20), save_every=max(1, steps // 3),
         tensorboard=importlib.util.find_spec("tensorboard") is not None,
     )
 
