@@ -80,6 +80,7 @@ class Case:
         steps: a call does this many steps; ms is per step.
         tokens: tokens a step handles, reported as tokens/s.
         sets: number of input sets; None for as many as the cache asks for.
+        peers: those that are timed; None for all that have the op.
     """
 
     op: str
@@ -98,6 +99,7 @@ class Case:
     steps: int = 1
     tokens: int | None = None
     sets: int | None = None
+    peers: tuple[str, ...] | None = None
 
 
 @dataclass

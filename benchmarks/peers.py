@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from qwen3_kernels.ops.cross_entropy import cross_entropy_ref
 from qwen3_kernels.ops.linear_cross_entropy import linear_cross_entropy_ref
@@ -87,7 +88,7 @@ def impls(case: Case, names: list[str], device: str) -> dict[str, Impl | Excepti
     found: dict[str, Impl | Exception] = {}
     for name in names:
         factory = _FACTORIES.get((name, case.op))
-        if factory is None or absent(name, device) is not None:
+        if factory is None or absent(name, device) is not None or (case.peers is not None and name not in case.peers):
             continue
         try:
             impl = factory(case.context)
@@ -238,6 +239,25 @@ def _(context):
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return Impl(lambda hidden, head, labels: chunked_linear_cross_entropy(hidden, head, labels, reduction="mean"))
+
+
+# --- linear_kl(hidden, head, teacher_hidden, teacher_head) -> mean divergence from the teacher
+
+
+@provides("torch", "linear_kl")
+def _(context):
+    """In chunks whose logits are computed again for the backward: as a whole, with their gradients, they take over 20 GB."""
+
+    def chunk(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+        log_p = (teacher_hidden @ teacher_head.T).float().log_softmax(-1)
+        return F.kl_div((hidden @ head.T).float().log_softmax(-1), log_p, reduction="sum", log_target=True)
+
+    def run(hidden, head, teacher_hidden, teacher_head):
+        parts = zip(hidden.split(1024), teacher_hidden.split(1024))
+        sums = [checkpoint(chunk, h, head, t, teacher_head, use_reentrant=False) for h, t in parts]
+        return torch.stack(sums).sum() / len(hidden)
+
+    return Impl(run)
 
 
 # --- qk_norm_rope(q, k, q_weight, k_weight, cos, sin) -> (q', k')

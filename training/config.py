@@ -48,6 +48,7 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
     z_loss: float = 0.0  # weight of logsumexp^2
+    router_z_loss: float = 0.0  # the same of the routers' logits, for mixtures of experts
     # skip steps whose loss or gradient norm is so many standard deviations above the mean of the last spike_window; 0: none
     spike_sigma: float = 0.0
     spike_window: int = 128
@@ -68,7 +69,7 @@ class Config:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("lr", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("weight_decay", "z_loss", "eval_batches", "seed", "spike_sigma"):
+        for name in ("weight_decay", "z_loss", "router_z_loss", "eval_batches", "seed", "spike_sigma"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
         require(0 <= self.decay <= 1, "decay", self.decay, "a share in [0, 1]")

@@ -264,17 +264,18 @@ class _Step:
 
 def measured(config: Config, model: Qwen3Config, device: str) -> int:
     """Bytes at the peak of one real step, the second of a model with random weights on random tokens."""
-    from .pretrain import next_token_loss, set_up, train_step
+    from .pretrain import default_loss, set_up, train_step
 
     config = dataclasses.replace(config, device=device)
     qwen, optimizer = set_up(config, model, None)
+    loss_fn = default_loss(config, model)
     rows = config.rows // config.micros
     ends = torch.arange(rows + 1, dtype=torch.int32) * config.seq_len
     tokens = torch.randint(model.vocab_size, (2, rows * config.seq_len))
 
     def step() -> None:
         batch = Batch(tokens[0], tokens[1], ends)
-        train_step(qwen, optimizer, [batch] * config.micros, next_token_loss, lr=1e-4, max_grad_norm=1.0)
+        train_step(qwen, optimizer, [batch] * config.micros, loss_fn, lr=1e-4, max_grad_norm=1.0)
 
     step()
     if device == "cpu":

@@ -36,6 +36,7 @@ from .data.packing import IGNORE, Batch, Loader, evaluation_batches
 from .data.shards import TokenShards
 from .files import write_json
 from .log import Log
+from .moe import MoELoss
 from .optim import Optimizer, SpikeGuard
 
 LossFn = Callable[[Qwen3, Batch], Tensor]
@@ -50,6 +51,15 @@ def next_token_loss(model: Qwen3, batch: Batch, z_loss: float = 0.0) -> Tensor:
     return linear_cross_entropy(
         hidden, model.head_weight, batch.labels, ignore_index=IGNORE, reduction="sum", z_loss=z_loss
     )
+
+
+def default_loss(config: Config, model: Qwen3Config) -> LossFn:
+    """`next_token_loss`, for a mixture of experts `MoELoss`. Raises ValueError: a weight for routers that are not there."""
+    if any(map(model.is_moe_layer, range(model.num_hidden_layers))):
+        return MoELoss(config.micros, config.z_loss, config.router_z_loss)
+    if config.router_z_loss:
+        raise ValueError(f"router_z_loss is {config.router_z_loss}; expected 0 for a model without experts")
+    return partial(next_token_loss, z_loss=config.z_loss)
 
 
 def train_step(
@@ -90,7 +100,8 @@ def train(
 
     Args:
         model_config: the architecture, instead of ``config.model`` or that of ``config.init``.
-        loss_fn: default ``next_token_loss``. eval_fn: what to log every ``eval_every`` steps beside ``eval_data``'s loss.
+        loss_fn: default that of `default_loss`. If it has ``metrics()``, what that returns is logged every ``log_every`` steps
+            as "router". eval_fn: what to log every ``eval_every`` steps beside ``eval_data``'s loss.
 
     Raises:
         ValueError: settings, data, tokenizer or an earlier run in ``out`` do not fit together, or a step not in memory.
@@ -104,7 +115,7 @@ def train(
     model_config = model_config or (Qwen3Config.from_file(config.init) if config.init else named_model(config.model))
     check_vocabulary(config, [*data_sets(loader), *([eval_data] if eval_data else [])], model_config)
     if loss_fn is None:
-        loss_fn = partial(next_token_loss, z_loss=config.z_loss)
+        loss_fn = default_loss(config, model_config)
         if config.device.startswith("cuda"):  # what another loss takes is not known
             memory.check(config, model_config, torch.cuda.get_device_properties(config.device).total_memory)
     run = {"config": to_json(config), "model": model_config.to_dict(), "data": describe(loader)}
@@ -146,6 +157,8 @@ def train(
                     skipped = flush(log, pending, config, skipped)
                     rate = seen / (time.perf_counter() - clock)
                     log.write("speed", step + 1, {"tokens_per_s": rate})
+                    if hasattr(loss_fn, "metrics"):
+                        log.write("router", step + 1, loss_fn.metrics())
                     log.say(f"step {step + 1}/{config.steps}  loss {loss:.4f}  grad norm {norm:.3f}  "
                             f"lr {config.lr_at(step):.2e}  {rate:,.0f} tokens/s")
                     log.advance(step + 1)

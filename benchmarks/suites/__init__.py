@@ -10,7 +10,7 @@ SUITES = {
     "pointwise": "rms_norm with and without residual, swiglu, cross_entropy",
     "qk_norm_rope": "per-head RMSNorm of q and k, then RoPE",
     "qk_norm_attention": "norm, RoPE and attention in one op",
-    "loss": "the head and cross-entropy in one, at Qwen3's vocabulary",
+    "loss": "the head and cross-entropy in one, and two heads and their KL divergence, at Qwen3's vocabulary",
     "attention": "causal grouped-query attention, batched and packed",
     "decode": "attention of one new token a row over a paged KV cache, in bf16 and fp8",
     "moe": "experts and router of a mixture, in training and decoding, balanced and skewed",

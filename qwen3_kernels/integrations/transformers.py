@@ -435,7 +435,8 @@ def apply(
         qk_norm_rope: norm and rotation of q and k in one pass, with float32 angles.
         swiglu: the MLPs.
         linear_cross_entropy: head and loss in one, for training with labels: ``logits`` of the output is None then. A
-            loss of your own, label smoothing and evaluation keep the logits.
+            loss of your own, label smoothing and evaluation keep the logits. Set it to False for a trainer that reads them in
+            training, as TRL's SFTTrainer below 1.7 does.
         attention: the implementation "qwen3_kernels" of transformers' AttentionInterface: causal and packed batches;
             sdpa for padding masks, sliding windows and dropout.
         experts: activation and products of all experts in one op; also registered as the implementation "qwen3_kernels" of

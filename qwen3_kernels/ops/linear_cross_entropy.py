@@ -211,7 +211,7 @@ def _run(
 
 def _total_for(dhead: Tensor, N: int, rows: int) -> Tensor:
     """Where the chunks' products are summed: see `MAX_ROUNDED_CHUNKS`."""
-    if dhead.dtype == torch.float32 or -(-N // rows) <= MAX_ROUNDED_CHUNKS:
+    if dhead.dtype.itemsize >= 4 or -(-N // rows) <= MAX_ROUNDED_CHUNKS:
         return dhead
     return torch.zeros(dhead.shape, dtype=torch.float32, device=dhead.device)
 

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from ._check import floating, require, same_device, same_dtype
 from .linear_cross_entropy import (
-    _add_product, _chunk_tokens, _gradients, _reduced_autograd, _reduced_context, _token_weights,
+    _add_product, _gradients, _reduced_autograd, _reduced_context, _token_weights, _total_for, chunk_size,
 )
 
 DIRECTIONS = ("forward", "reverse")
 REDUCTIONS = ("mean", "sum", "num_items")
+# Tensors of a chunk's logits, in fp32, that live at one time. So that they take together what `linear_cross_entropy` spends on
+# its one, 640 MiB, a chunk has 256 tokens of Qwen3's vocabulary, which are 467 MB, where that op has 2,048.
+LIVE_LOGITS = 3
 
 
 def linear_kl_ref(
@@ -57,12 +60,14 @@ def linear_kl(
         direction: "forward" is KL(teacher ‖ student), "reverse" KL(student ‖ teacher).
         reduction: "mean" (weighted by the mask), "sum", or "num_items" (the sum over ``num_items``).
         return_tokens: also return each token's divergence, unmasked, float32 [...], without gradient.
-        chunk_tokens: tokens a chunk; default as in `linear_cross_entropy`.
+        chunk_tokens: tokens a chunk; by default as many as keep its memory to that of `linear_cross_entropy`.
 
     Returns:
         float32 scalar (float64 for float64); with ``return_tokens`` the pair (loss, divergences).
 
-    FLOPs: 6·N·V·H, and 2·N·V·Ht for a teacher's head. Memory beyond inputs and gradients: a few chunks of fp32 logits.
+    FLOPs: 6·N·V·H, and 2·N·V·Ht for a teacher's head. Memory beyond inputs and gradients: `LIVE_LOGITS` times one chunk's
+    logits in fp32 and, with more than `MAX_ROUNDED_CHUNKS` chunks of a half precision, a float32 gradient of the head until
+    it is rounded; only the divergences grow with N.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or options that do not fit. RuntimeError: a second backward.
@@ -110,7 +115,7 @@ def linear_kl(
     loss, tokens, _, _ = _reduced(
         hidden.reshape(N, H), head, weight_N, teacher_hidden, None if teacher_head is None else teacher_head.detach(), ids,
         logprobs, grads and hidden.requires_grad, grads and head.requires_grad, direction == "reverse", float(temperature),
-        chunk_tokens or _chunk_tokens(max(N, 1), hidden, head),
+        chunk_tokens or chunk_size(max(N, 1), V, LIVE_LOGITS * wide.itemsize),
     )
     return (loss, tokens.detach().view(shape)) if return_tokens else loss
 
@@ -121,46 +126,48 @@ def _log_rest(logprobs: Tensor) -> Tensor:
     return rest.clamp(min=torch.finfo(rest.dtype).eps).log()
 
 
-def _logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    if hidden.dtype == torch.float64:
-        return hidden @ head.T / temperature
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, head.T, out_dtype=torch.float32).div_(temperature)
-    return (hidden @ head.T).float() / temperature
+def _log_probs(hidden: Tensor, head: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
+    if hidden.is_cuda and hidden.dtype.itemsize == 2:
+        logits = torch.mm(hidden, head.T, out_dtype=torch.float32).to(wide)
+    else:
+        logits = (hidden @ head.T).to(wide)
+    return logits.div_(temperature).log_softmax(-1)
 
 
 def _chunk(
-    logits: Tensor, weight: Tensor, teacher: Tensor | None, ids: Tensor | None, logprobs: Tensor | None, reverse: bool,
+    log_q: Tensor, weight: Tensor, log_p: Tensor | None, ids: Tensor | None, logprobs: Tensor | None, reverse: bool,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(divergence [n], weighted gradient of the logits [n, V]). With q and p the student's and teacher's classes:
+    """(divergence [n], weighted gradient of the logits [n, V]). Overwrites log_q and log_p. With q and p the student's and
+    teacher's classes:
 
     forward  dz_j = q_j - p_j for a class of one token; q_j (1 - p_r / q_r) for a token of the class r of all others
     reverse  dz_j = q_j (log q_c - log p_c - KL), c the class of token j
     """
-    log_q = logits.log_softmax(-1)
     if ids is None:
-        log_p = teacher.log_softmax(-1)
-        classes_q, classes_p = log_q, log_p
-    else:
-        others = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-        classes_q = torch.cat((log_q.gather(-1, ids), others), -1)
-        classes_p = torch.cat((logprobs, _log_rest(logprobs).unsqueeze(-1)), -1)
+        if reverse:
+            ratio, q = log_p.sub_(log_q).neg_(), log_q.exp_()
+            kl = (q * ratio).sum(-1)
+            grad = ratio.sub_(kl.unsqueeze(-1)).mul_(q)
+        else:
+            p = log_p.exp()
+            kl = log_p.sub_(log_q).mul_(p).sum(-1)
+            grad = log_q.exp_().sub_(p)
+        return kl, grad.mul_(weight.unsqueeze(-1)) if want_grad else None
+    others = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    classes_q = torch.cat((log_q.gather(-1, ids), others), -1)
+    classes_p = torch.cat((logprobs, _log_rest(logprobs).unsqueeze(-1)), -1)
     ratio = classes_q - classes_p
     kl = ((classes_q.exp() * ratio) if reverse else (classes_p.exp() * -ratio)).sum(-1)
     if not want_grad:
         return kl, None
-    if ids is None:
-        grad = log_q.exp() * (ratio - kl.unsqueeze(-1)) if reverse else log_q.exp() - log_p.exp()
+    q_top = classes_q[:, :-1].exp()
+    if reverse:
+        ratio -= kl.unsqueeze(-1)
+        of_rest, of_top = ratio[:, -1:], q_top * ratio[:, :-1]
     else:
-        q = log_q.exp()
-        if reverse:
-            grad = q * (ratio[:, -1:] - kl.unsqueeze(-1))
-            grad.scatter_(-1, ids, q.gather(-1, ids) * (ratio[:, :-1] - kl.unsqueeze(-1)))
-        else:
-            grad = q * (1 - (-ratio[:, -1:]).exp())
-            grad.scatter_(-1, ids, q.gather(-1, ids) - logprobs.exp())
-    return kl, grad * weight.unsqueeze(-1)
+        of_rest, of_top = 1 - (-ratio[:, -1:]).exp(), q_top - logprobs.exp()
+    return kl, log_q.exp_().mul_(of_rest).scatter_(-1, ids, of_top).mul_(weight.unsqueeze(-1))
 
 
 @torch.library.custom_op("qwen3::linear_kl", mutates_args=())
@@ -173,20 +180,25 @@ def _reduced(
     N, wide = hidden_NH.shape[0], weight_N.dtype
     kl = torch.empty(N, dtype=wide, device=hidden_NH.device)
     dhidden, dhead = _gradients(hidden_NH, head_VH, want_hidden, want_head)
+    total = _total_for(dhead, N, rows) if want_head else None
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         hidden = hidden_NH[part]
-        teacher = None if teacher_hidden is None else _logits(teacher_hidden[part], teacher_head, temperature).to(wide)
+        log_p = None if teacher_hidden is None else _log_probs(teacher_hidden[part], teacher_head, temperature, wide)
         top = (None, None) if ids_NK is None else (ids_NK[part], logprobs_NK[part].to(wide))
-        logits = _logits(hidden, head_VH, temperature)
-        kl[part], grad = _chunk(logits, weight_N[part], teacher, *top, reverse, want_hidden or want_head)
+        log_q = _log_probs(hidden, head_VH, temperature, wide)
+        kl[part], grad = _chunk(log_q, weight_N[part], log_p, *top, reverse, want_hidden or want_head)
+        del log_q, log_p
         if grad is None:
             continue
         grad = grad.div_(temperature).to(hidden.dtype)
         if want_hidden:
             torch.mm(grad, head_VH, out=dhidden[part])
         if want_head:
-            _add_product(dhead, grad.T, hidden)
+            _add_product(total, grad.T, hidden)
+        del grad  # before the next chunk's is made
+    if total is not dhead:
+        dhead += total
     empty = hidden_NH.new_empty
     return (kl * weight_N).sum(), kl, empty(0) if dhidden is None else dhidden, empty(0) if dhead is None else dhead
 

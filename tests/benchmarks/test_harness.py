@@ -176,6 +176,29 @@ class TestHonesty:
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+    def test_references_of_the_losses_in_parts_match_autograd(self, monkeypatch):
+        """With a number of tokens that the parts do not divide, and different counts of labels in them."""
+        from benchmarks.suites import loss
+        from qwen3_kernels.ops.linear_cross_entropy import linear_cross_entropy_ref
+        from qwen3_kernels.ops.linear_kl import linear_kl_ref
+
+        monkeypatch.setattr(loss, "REFERENCE_TOKENS", 20)
+        for case, ref in ((loss.case("cpu", 50, 8, 30, torch.float32), linear_cross_entropy_ref),
+                          (loss.kl_case("cpu", 50, 8, 12, 30, torch.float32), linear_kl_ref)):
+            data = case.make(0)
+            got, want = case.reference(data), autograd_reference(ref, case.grads)(data)
+            for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    def test_the_reference_of_a_long_loss_never_holds_all_logits(self):
+        from benchmarks.suites import loss
+        from training.memory import allocated
+
+        case = [c for c in loss.cases("cpu", True) if c.peers == ("liger",)][-1]
+        data = case.make(0)
+        assert allocated(lambda: case.reference(data))[1] < 8 * loss.REFERENCE_TOKENS * 520 * 4
+
+
 class TestCommandLine:
     @pytest.mark.parametrize("argv,names", [
         (["nosuch"], suites.SUITES), (["pointwise", "--peers", "torch,nosuch"], peers.PEERS),
@@ -214,6 +237,11 @@ class TestCommandLine:
         assert state == {"gone": "absent: not installed", "fa4": "absent: runs on CUDA only",
                          "torch": torch.__version__}
         assert "gone" not in peers.impls(square_case(op="rms_norm"), ["gone"], "cpu")
+
+    def test_a_case_can_name_its_peers(self):
+        found = [set(peers.impls(square_case(op="rms_norm", peers=only), ["torch", "compile"], "cpu"))
+                 for only in (None, ("compile",), ())]
+        assert found == [{"torch", "compile"}, {"compile"}, set()]
 
     def test_a_peer_whose_import_fails_becomes_a_row(self, monkeypatch):
         def factory(context):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from common import DEVICE, parametrize_dtype, randn
@@ -9,7 +11,7 @@ N, H, T, V, K = 37, 24, 40, 96, 5
 parametrize_direction = pytest.mark.parametrize("direction", ["forward", "reverse"])
 
 
-def inputs_for(dtype, top=False, scale=1.0):
+def inputs_for(dtype, top=False, scale=1.0, N=N):
     x = {"hidden": randn(N, H, dtype=dtype), "head": randn(V, H, dtype=dtype, scale=scale * H**-0.5)}
     teacher = {"teacher_hidden": randn(N, T, dtype=dtype), "teacher_head": randn(V, T, dtype=dtype, scale=scale * T**-0.5)}
     if not top:
@@ -19,7 +21,7 @@ def inputs_for(dtype, top=False, scale=1.0):
     return x, {"teacher_top": (ids, logprobs)}
 
 
-def check(x, teacher, **options):
+def check(x, teacher, chunk_tokens=None, **options):
     def wide(value):
         if isinstance(value, tuple):
             return tuple(map(wide, value))
@@ -28,7 +30,7 @@ def check(x, teacher, **options):
 
     run = lambda f, args, other: selfcheck.outputs_and_grads(lambda **kw: f(**kw, **other), args)  # noqa: E731
     truth = run(linear_kl_ref, {n: wide(t) for n, t in x.items()}, {n: wide(t) for n, t in (teacher | options).items()})
-    plain, got = (run(f, x, teacher | options) for f in (linear_kl_ref, linear_kl))
+    plain, got = (run(f, x, teacher | options) for f in (linear_kl_ref, partial(linear_kl, chunk_tokens=chunk_tokens)))
     ratios = list(map(selfcheck.error_ratio, got, plain, truth))
     assert max(ratios) <= selfcheck.LIMIT, ratios
 
@@ -39,6 +41,25 @@ def check(x, teacher, **options):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_error_rule(dtype, direction, top, reduction):
     check(*inputs_for(dtype, top), direction=direction, reduction=reduction)
+
+
+@parametrize_dtype
+@parametrize_direction
+@pytest.mark.parametrize("top", [False, True], ids=["head", "top-k"])
+@pytest.mark.parametrize("chunks", [4, 11, 40, 128])
+def test_error_rule_over_many_chunks(dtype, direction, top, chunks):
+    """Sums over chunks do not add up their roundings."""
+    tokens = 440 // chunks
+    check(*inputs_for(dtype, top, N=tokens * chunks), direction=direction, reduction="sum", chunk_tokens=tokens)
+
+
+@parametrize_direction
+def test_float64_stays_float64_over_many_chunks(direction):
+    x, teacher = inputs_for(torch.float64)
+    grads = [selfcheck.outputs_and_grads(lambda **kw: linear_kl(**kw, **teacher, direction=direction, chunk_tokens=n), x)
+             for n in (N, 2)]
+    for whole, parts in zip(*grads, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-12, atol=1e-15)
 
 
 @parametrize_direction

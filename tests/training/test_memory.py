@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen3_kernels import linear_cross_entropy, linear_kl
 from qwen3_kernels.ops.linear_cross_entropy import _chunk_tokens
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
@@ -155,6 +156,44 @@ def test_peak_of_a_loss_in_many_chunks(dtype, monkeypatch):
     estimate = predict(config, model, "cpu")
     assert estimate.moment == "loss" and _Step(config, model, "cpu").chunk_tokens() == 256
     assert estimate.total == pytest.approx(measured(config, model, "cpu"), rel=0.05)
+
+
+def loss_over_tokens(op, dtype, N, chunk_tokens=None, V=2048, H=8, T=16):
+    """Forward and backward of a loss through heads, without arguments; and its bytes of gradients."""
+    hidden, head = (torch.randn(n, H, dtype=dtype, requires_grad=True) for n in (N, V))
+    if op == "linear_cross_entropy":
+        function, other = linear_cross_entropy, {"labels": torch.randint(V, (N,))}
+    else:
+        function, direction, teacher = linear_kl, *op.split()[1:]
+        taught, its_head = torch.randn(N, T), torch.randn(V, T)
+        logprobs, ids = (taught @ its_head.T).log_softmax(-1).topk(5)
+        other = {"teacher_hidden": taught, "teacher_head": its_head} if teacher == "head" else {"teacher_top": (ids, logprobs)}
+        other["direction"] = direction
+    run = lambda: torch.autograd.grad(function(hidden, head, **other, chunk_tokens=chunk_tokens), (hidden, head))  # noqa: E731
+    run()  # with the kernels' self-checks
+    return run, hidden.nbytes + head.nbytes
+
+
+KL = [f"linear_kl {direction} {teacher}" for direction in ("forward", "reverse") for teacher in ("head", "top")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("op", ["linear_cross_entropy", *KL])
+def test_memory_of_a_loss_does_not_grow_with_the_tokens(op, dtype):
+    """But for the gradient of the hidden states and numbers of each token: 64 bytes, where its logits have 8,192."""
+    few, many = 512, 2048
+    peaks = [allocated(loss_over_tokens(op, dtype, n, chunk_tokens=64)[0])[1] for n in (few, many)]
+    assert 0 <= peaks[1] - peaks[0] <= (many - few) * (8 * dtype.itemsize + 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("op", KL)
+def test_the_default_chunk_of_linear_kl_bounds_all_that_it_holds(op, dtype, monkeypatch):
+    module = importlib.import_module("qwen3_kernels.ops.linear_cross_entropy")
+    monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 256 * 2048 * 4)
+    run, gradients = loss_over_tokens(op, dtype, 1024)
+    peak = allocated(run)[1]
+    assert 0.9 * module.CHUNK_BYTES < peak <= 1.02 * module.CHUNK_BYTES + gradients
 
 
 @pytest.mark.gpu

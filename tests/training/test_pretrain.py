@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from training import checkpoint, pretrain
+from training import checkpoint, moe, pretrain
 from training.config import Config
 from training.data.mixture import Mixture, Part
 from training.data.shards import TokenShards
@@ -260,6 +260,7 @@ def test_command_line(make_config, trainer_command, capsys):
         ({"optimizer_states": "int8"}, "optimizer_states is 'int8'"),
         ({"recompute": "some"}, "recompute is 'some'; expected one of"),
         ({"schedule": "step"}, "schedule is 'step'"), ({"warmup": 13}, "warmup 13"), ({"decay": 1.5}, "decay is 1.5"),
+        ({"router_z_loss": -1e-3}, "router_z_loss is -0.001"),
         ({"lr_floor": 2.0}, "floor 2.0"), ({"betas": (0.9, 1.0)}, "betas is"), ({"max_grad_norm": 0}, "max_grad_norm is 0"),
     ],
     ids=str,
@@ -314,3 +315,66 @@ def test_another_evaluation_is_logged(make_config):
     config = make_config()
     train(config, eval_fn=lambda model: {"needle": 0.5, "size": model.config.hidden_size}, quiet=True)
     assert [(r["step"], r["needle"], r["size"]) for r in records(config.out, "groups")] == [(s, 0.5, 16) for s in (5, 10, 12)]
+
+
+@pytest.fixture
+def experts(model_config, run_folder):
+    """The config of a mixture whose second layer alone is dense, which is also what ``make_config`` trains."""
+    config = dataclasses.replace(
+        model_config, num_hidden_layers=3, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=8, mlp_only_layers=(1,),
+        initializer_range=0.3, router_aux_loss_coef=0.01,
+    )
+    (run_folder / "model.json").write_text(json.dumps(config.to_dict()))
+    return config
+
+
+def test_what_routers_do_is_logged(make_config, experts, monkeypatch):
+    """Of the last step before each record, over its micro-steps, and the same after a resumption."""
+    straight, broken, seen = make_config("a", micros=2), make_config("b", micros=2), []
+    counted = moe.expert_counts
+    monkeypatch.setattr(moe, "expert_counts", lambda routing: seen.append(counted(routing)) or seen[-1])
+    train(straight, quiet=True)
+    got = records(straight.out, "router")
+    assert [r["step"] for r in got] == [3, 4, 5, 6, 8, 9, 10, 12]  # where something is logged, evaluated or saved
+    for r in got:
+        counts = sum(seen[2 * r["step"] - 2 : 2 * r["step"]]).tolist()  # [layers, experts]
+        assert len(counts) == 2 and all(sum(c) == 4 * 16 * 2 for c in counts)
+        assert r["load_max_over_mean"] == pytest.approx(max(max(c) / 16 for c in counts))
+        assert r["load_entropy"] == pytest.approx(min(-sum(n / 128 * math.log(n / 128) for n in c if n) for c in counts))
+        assert r["dead_experts"] == sum(n == 0 for c in counts for n in c)
+    assert any(r["dead_experts"] for r in got) and len({r["load_entropy"] for r in got}) > 1, "it makes a difference"
+
+    def stops(model, batch, right=moe.MoELoss.__call__, calls=[0]):
+        calls[0] += 1
+        if calls[0] == 14:
+            raise Stop
+        return right(broken_loss, model, batch)
+
+    broken_loss = moe.MoELoss(2)
+    with pytest.raises(Stop):
+        train(broken, loss_fn=stops, quiet=True)
+    train(broken, quiet=True)
+    assert records(straight.out, "train") == records(broken.out, "train")
+    assert records(broken.out, "router") == [r for r in got if r["step"] > 4], "a loss without metrics has none"
+
+
+def test_a_dense_model_has_no_routers(make_config):
+    config = make_config(steps=3)
+    train(config, quiet=True)
+    assert not records(config.out, "router")
+    with pytest.raises(ValueError, match="router_z_loss is 0.001; expected 0 for a model without experts"):
+        train(make_config("other", router_z_loss=1e-3), quiet=True)
+
+
+def test_the_z_loss_of_routers_is_in_the_loss_and_works(make_config, experts):
+    configs = {z: make_config(str(z), router_z_loss=z, steps=30) for z in (0.0, 0.5)}
+    ends = {z: checkpoint.read(train(c, quiet=True)).load_model("cpu") for z, c in configs.items()}
+    batch = pretrain.open_loader(configs[0.0].data, seq_len=16, rows=4, seed=0).batch(0)
+
+    def squares(model):  # mean of logsumexp^2 over tokens and layers
+        logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens, return_router_logits=True)[1]
+        return torch.stack(logits).double().logsumexp(-1).square().mean().item()
+
+    first = [records(c.out, "train")[0]["loss"] for c in configs.values()]
+    assert first[1] - first[0] == pytest.approx(0.5 * squares(pretrain.Qwen3(experts).init_weights(0)), rel=1e-5)
+    assert squares(ends[0.5]) < 0.7 * squares(ends[0.0])

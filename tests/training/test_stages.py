@@ -21,6 +21,7 @@ from training.data.search import Point, Ridge, features, search, shares_by
 from training.environment import file_sha256
 from training.evaluation import HeldOut
 from training.log import read_metrics
+from training.moe import MoELoss
 from training.pretrain import next_token_loss
 from training.recipes import proxies, stage1, stage2, stage3, stages
 from training.recipes.proxies import ladder, mixture_search
@@ -184,7 +185,7 @@ def test_moe_loss_balances_each_layer_over_the_micro_steps(data):
         share = 2 * count / count.sum(1, keepdim=True)
         return next_token_loss(model, batches[i]).item() + 128 * 0.5 * (4 * (share * probs[i].mean(1)).sum(1).mean()).item()
 
-    loss = stages.MoELoss(micros=2)
+    loss = MoELoss(micros=2)
     expected = [want(0, counts[0]), want(1, counts[0] + counts[1])]
     assert abs(expected[1] - want(1, counts[1])) > 1e-2, "it makes a difference"
     for _ in range(2):  # a new step begins from nothing

@@ -47,6 +47,7 @@ from ..data.mixture import open_loader
 from ..distill import distill, teacher_data
 from ..files import write_json, write_jsonl
 from ..log import read_metrics
+from ..moe import MoELoss
 from ..pretrain import next_token_loss, set_up, train_step
 from ..rewards import mixed_seed
 from ..rewards.families import NO_THINK
@@ -226,7 +227,7 @@ class Course:
         model_config = replace(base, max_position_embeddings=positions, rope_theta=s.rope_theta)
         model, optimizer = set_up(config, model_config, None)
         loader = open_loader(config.data, seq_len=config.seq_len, rows=config.rows, seed=0)
-        loss_fn = stages.MoELoss() if model_config.num_experts else next_token_loss
+        loss_fn = MoELoss(router_z_loss=config.router_z_loss) if model_config.num_experts else next_token_loss
         batches = [loader.batch(i) for i in range(steps)]
         times = []
         for batch in batches:

@@ -15,11 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from torch import Tensor
 
-from qwen3_kernels import linear_cross_entropy
 from qwen3_model import load
-from qwen3_model.balance import GlobalCounts, balance_loss, expert_counts
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
 from qwen3_model.tokenizer import Tokenizer
@@ -28,7 +25,6 @@ from .. import probes
 from ..config import DTYPES, Config, to_json
 from ..data import cells as cells_module
 from ..data.mixture import LEAST, Mixture, of_cells, weights
-from ..data.packing import IGNORE, Batch
 from ..data.shards import TokenShards
 from ..environment import file_sha256, weights_sha256
 from ..evaluation import HeldOut
@@ -55,6 +51,7 @@ class Scale:
     experts: int = 0  # 0: dense
     experts_per_token: int = 0
     expert_width: int = 0
+    router_z_loss: float = 0.0  # the report names none
     tie: bool = True
     initializer_range: float = 0.02
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -163,25 +160,6 @@ def mixture(stage: Stage, paths: Paths, max_epochs: float) -> tuple[Mixture, dic
     return Mixture(parts), {"domains": domains, "parts": len(parts), "passes": passes, "absent": absent}
 
 
-class MoELoss:
-    """Next-token loss and the experts' balancing loss of each layer over the global batch (`qwen3_model.balance`), summed over
-    the kept labels. A step is ``micros`` calls; each counts the tokens of those before it and of all processes."""
-
-    def __init__(self, micros: int = 1, z_loss: float = 0.0):
-        self.micros, self.z_loss, self._counts, self._calls = micros, z_loss, GlobalCounts(), 0
-
-    def __call__(self, model: Qwen3, batch: Batch) -> Tensor:
-        if self._calls % self.micros == 0:
-            self._counts.reset()
-        self._calls += 1
-        hidden, routing = model(batch.tokens, cu_seqlens=batch.cu_seqlens, return_hidden=True, return_routing=True)
-        nats = linear_cross_entropy(
-            hidden, model.head_weight, batch.labels, ignore_index=IGNORE, reduction="sum", z_loss=self.z_loss
-        )
-        balance = balance_loss(routing, self._counts.add(expert_counts(routing)))
-        return nats + model.config.router_aux_loss_coef * balance * (batch.labels != IGNORE).sum()
-
-
 def config_of(stage: Stage, scale: Scale, paths: Paths, *, seed: int, device: str) -> Config:
     steps = max(2, round(stage.tokens / stage.batch_tokens))
     rows = stage.batch_tokens // stage.seq_len
@@ -191,9 +169,9 @@ def config_of(stage: Stage, scale: Scale, paths: Paths, *, seed: int, device: st
         data=paths.out / "mixture.json", out=paths.out / "train", tokenizer=paths.tokenizer, init=paths.init, steps=steps,
         seq_len=stage.seq_len, rows=rows, micros=min(scale.micros, rows), lr=stage.lr, schedule="wsd",
         warmup=min(stage.warmup, steps // 4), decay=stage.decay, lr_floor=stage.lr_end, optimizer=scale.optimizer,
-        optimizer_states=scale.optimizer_states, recompute=scale.recompute, spike_sigma=scale.spike_sigma, spike_window=64,
-        async_save=True, seed=seed, device=device, dtype=scale.dtype, eval_every=max(1, steps // 2),
-        log_every=max(1, steps // 20), save_every=max(1, steps // 3),
+        optimizer_states=scale.optimizer_states, router_z_loss=scale.router_z_loss, recompute=scale.recompute,
+        spike_sigma=scale.spike_sigma, spike_window=64, async_save=True, seed=seed, device=device, dtype=scale.dtype,
+        eval_every=max(1, steps // 2), log_every=max(1, steps // 20), save_every=max(1, steps // 3),
         tensorboard=importlib.util.find_spec("tensorboard") is not None,
     )
 
@@ -225,7 +203,6 @@ def run(
     positions = max(base.max_position_embeddings, stage.seq_len)
     model_config = replace(base, rope_theta=stage.rope_theta, max_position_embeddings=positions)
     config = config_of(stage, scale, paths, seed=seed, device=device)
-    loss_fn = MoELoss(config.micros, config.z_loss) if model_config.num_experts else None
     mixed, record = mixture(stage, paths, scale.max_epochs)
     mixed.write(config.data)
     console = Console(quiet=quiet, highlight=False, soft_wrap=True)
@@ -234,7 +211,7 @@ def run(
                   f"at most {record['passes']:.1f} passes (max_epochs {scale.max_epochs:g})", markup=False)
     rows = max(1, 4096 // stage.seq_len)
     held = HeldOut(paths.shards, seq_len=stage.seq_len, rows=rows, max_tokens=scale.eval_tokens)
-    final = train(config, model_config=model_config, loss_fn=loss_fn, eval_fn=held, quiet=quiet)
+    final = train(config, model_config=model_config, eval_fn=held, quiet=quiet)
 
     config = config.resolved()
     model = load.load(final, device=config.device)
