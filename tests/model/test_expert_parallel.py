@@ -1,19 +1,14 @@
 """Experts over 2 and 4 gloo processes against all experts in one: forward, backward, and processes with nothing to do."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from processes import Python
 
-ROOT = Path(__file__).parents[2]
 WORKER = """
 import sys, torch, torch.distributed as dist
 from qwen3_kernels import moe_experts
 from qwen3_model.expert_parallel import AllToAll, experts
 
 rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
 E, K, D, I = 8, 3, 16, 12
 SIZES = {"even": [6] * 4, "ragged": [1, 9, 4, 2], "no tokens": [7, 0, 3, 0], "one expert": [5, 3, 8, 1]}
@@ -49,14 +44,9 @@ print("fine")
 
 
 def run(world: int, script: str, *args: str) -> list[tuple[int, str, str]]:
-    commands = [[sys.executable, "-c", script, str(rank), str(world), *args] for rank in range(world)]
-    workers = [subprocess.Popen(c, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    try:
-        ended = [w.communicate(timeout=200) for w in workers]
-        return [(w.returncode, *texts) for w, texts in zip(workers, ended)]
-    finally:
-        for w in workers:
-            w.kill()
+    workers = [Python("-c", script, str(rank), str(world), *args) for rank in range(world)]
+    texts = [w.communicate(timeout=200) for w in workers]
+    return [(w.returncode, *t) for w, t in zip(workers, texts)]
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -73,6 +63,8 @@ try:
     AllToAll(7)
 except ValueError as e:
     print(e)
+dist.barrier()  # else one may be gone before the other has come
+dist.destroy_process_group()
 """
 
 
