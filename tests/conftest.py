@@ -3,7 +3,7 @@ import functools
 import gc
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
@@ -65,14 +65,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed_and_one_thread():
+    """Of small work, more threads would mostly wait for each other: on a busy machine fifty times as long as the work takes.
+    Tests of what their number may change say how many."""
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def one_thread():
-    """For tiny models: more threads would only wait for each other, long when the machine is busy."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -201,10 +201,18 @@ def test_fp32_sums_of_weighted_rows(backend):
         assert out.float().tolist() == [[want] * 8]
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("torch", "cpu")])
+@parametrize_dtype
+def test_error_rule_on_two_threads(backend, dtype):
+    torch.set_num_threads(2)
+    check(backend, [inputs_for(33, 40, 24, 7, 2, dtype)])
+
+
 @parametrize_both
 def test_repeatable(backend, dtype):
     skip_unless_supported(backend, dtype)
     inputs = inputs_for(pick(backend, 90, 20), 32, 24, 5, 2, dtype)
+    torch.set_num_threads(2)
     with dispatch.use(backend):
         first = selfcheck.outputs_and_grads(moe_experts, inputs)
         for _ in range(100 if DEVICE == "cuda" else pick(backend, 3, 1)):
