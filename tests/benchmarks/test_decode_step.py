@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from benchmarks.decode_step import bytes_read, main
+from benchmarks.decode_step import bytes_read, main, plain_logits, routing_of
+from benchmarks.train_step import fill
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
 
@@ -34,3 +35,25 @@ def test_refusals(capsys):
         with pytest.raises(SystemExit):
             main(words)
         assert says in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_the_plain_ops_take_the_same_routing():
+    """Free to choose, they choose others in some layer, and their logits are several times as far away."""
+    m = model(num_hidden_layers=12, num_experts=64, num_experts_per_tok=4, hidden_size=64, tie_word_embeddings=False).eval()
+    fill(m)
+    for name, p in m.named_parameters():
+        if p.dim() > 1 and "embed" not in name:
+            p.mul_(35 / p.shape[-1] ** 0.5)
+    cache = m.new_cache(16, 9)
+    cache.k.normal_(generator=torch.Generator().manual_seed(1))
+    cache.lengths.fill_(8)
+    tokens = torch.arange(16)[:, None]
+    ours = m(tokens, cache=cache)[:, -1].float()
+    chosen = routing_of(m, tokens, cache)
+
+    def distance(experts):
+        return ((plain_logits(m, tokens, cache, experts) - ours).norm() / ours.norm()).item()
+
+    near = distance(chosen)
+    assert near < 0.08 and distance([]) > 4 * near

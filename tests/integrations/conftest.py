@@ -10,8 +10,3 @@ def _reverted():
     """No test leaves a patch behind."""
     yield
     integration.revert()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    pass

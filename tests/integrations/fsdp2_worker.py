@@ -1,4 +1,4 @@
-"""Run by test_trl under torchrun: one training step under FSDP2 on gloo against the same step in one process."""
+"""Run by test_trl in two processes: one training step under FSDP2 on gloo against the same step in one process."""
 
 import json
 import sys
@@ -25,10 +25,8 @@ def sharded(kind: str, patch_first: bool):
     return model
 
 
-def main(kind: str, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+def main(rank: int, store: str, kind: str, path: str) -> None:
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     whole = batch(rows=2)
     single = step(make(kind, output_router_logits=False), whole)
     part = {k: v[rank : rank + 1] for k, v in whole.items()}
@@ -54,4 +52,4 @@ def main(kind: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -60,18 +60,15 @@ def check_registration(op, backend: str, custom_op, args: tuple, inputs: dict, *
 
 
 def check_repeatable(op, backend: str, inputs: dict, times: int = 5, threads: tuple[int, ...] = (1, 2), **options) -> None:
-    """Bitwise equal results, again and again, and whatever the number of threads (where matrix products are torch's, its
-    own results depend on that number)."""
-    before = torch.get_num_threads()
+    """Bitwise equal results, again and again (once under the interpreter, which runs one program after another), and whatever
+    the number of threads (where matrix products are torch's, its own results depend on that number)."""
+    results = []
     with dispatch.use(backend):
-        first = selfcheck.outputs_and_grads(lambda **kw: op(**kw, **options), inputs)
-        for i in range(times):
+        for i in range(1 + pick(backend, times, 1)):
             torch.set_num_threads(threads[i % len(threads)])
-            try:
-                again = selfcheck.outputs_and_grads(lambda **kw: op(**kw, **options), inputs)
-            finally:
-                torch.set_num_threads(before)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+            results.append(selfcheck.outputs_and_grads(lambda **kw: op(**kw, **options), inputs))
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
 class _Calls(TorchDispatchMode):

@@ -163,8 +163,10 @@ def large_offsets(name, big):
     q, k, v = (columns(big, first * D, H, D) for first, H in ((0, 4), (4, 2), (6, 2)))
     rope = tuple(table(torch.arange(ROWS), D).values())
     ends = torch.tensor([0, 100, ROWS], dtype=torch.int32, device=DEVICE)
-    gate, up = (columns(big, first, 1000) for first in (2000, 4000))
-    labels = torch.randint(1000, (ROWS,), device=DEVICE)
+    # A multiple of 16, as the big buffer's stride is: Triton would read others by other widths, and so sum in another order.
+    width = 1008
+    gate, up = (columns(big, first, width) for first in (2000, 4000))
+    labels = torch.randint(width, (ROWS,), device=DEVICE)
     if name.startswith("attention packed"):
         return lambda q, k, v: attention(q, k, v, cu_seqlens=ends), (q, k, v)
     if name.startswith("attention"):
@@ -173,8 +175,8 @@ def large_offsets(name, big):
         return lambda *t: qk_norm_attention(*t, rope, cu_seqlens=ends), (q, k, v, small(D), small(D))
     return {
         "qk_norm_rope": (lambda q, k, *w: torch.cat(qk_norm_rope(q, k, *w, *rope), 1), (q, k, small(D), small(D))),
-        "rms_norm": (rms_norm, (gate, small(1000))),
-        "rms_norm and residual": (lambda x, w, r: torch.cat(rms_norm(x, w, 1e-6, r), 1), (gate, small(1000), up)),
+        "rms_norm": (rms_norm, (gate, small(width))),
+        "rms_norm and residual": (lambda x, w, r: torch.cat(rms_norm(x, w, 1e-6, r), 1), (gate, small(width), up)),
         "swiglu": (swiglu, (gate, up)),
         "cross_entropy": (lambda x: cross_entropy(x, labels, reduction="none"), (gate,)),
     }[name]

@@ -31,7 +31,9 @@ def loss_and_grad(backend, logits, labels, dnll=None, **options):
 @parametrize_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_rule(backend, dtype, shape):
-    check_error_rule(cross_entropy, cross_entropy_ref, backend, inputs_for(shape, dtype), reduction="none")
+    *rows, V = shape
+    rows = rows if len(rows) > 1 else [pick(backend, rows[0], min(rows[0], 20))]  # in Triton each is a program of its own
+    check_error_rule(cross_entropy, cross_entropy_ref, backend, inputs_for((*rows, V), dtype), reduction="none")
 
 
 @parametrize_backend
@@ -204,9 +206,11 @@ def test_cpu_reads_strided_rows_in_place():
 
 @parametrize_backend
 def test_a_row_does_not_depend_on_the_batch(backend):
-    logits, labels = inputs_for((70, 90), torch.float32).values()
-    batch, one = (loss_and_grad(backend, logits[s], labels[s]) for s in (slice(None), slice(50, 51)))
-    assert all(torch.equal(a[50:51], b) for a, b in zip(batch, one, strict=True))
+    rows = pick(backend, 70, 7)
+    logits, labels = inputs_for((rows, 90), torch.float32).values()
+    some = slice(rows - 2, rows - 1)
+    batch, one = (loss_and_grad(backend, logits[s], labels[s]) for s in (slice(None), some))
+    assert all(torch.equal(a[some], b) for a, b in zip(batch, one, strict=True))
 
 
 @parametrize_backend

@@ -36,6 +36,12 @@ def test_error_rule(backend, dtype, shape, reduction):
 
 
 @parametrize
+def test_error_rule_on_two_threads(backend, dtype):
+    torch.set_num_threads(2)
+    check_error_rule(linear_cross_entropy, linear_cross_entropy_ref, backend, inputs_for(300, 64, 264, dtype))
+
+
+@parametrize
 @pytest.mark.parametrize(
     "options", [{"temperature": 0.6}, {"z_loss": 1e-3}, {"z_loss": 0.01, "temperature": 1.7, "reduction": "none"}], ids=str
 )

@@ -1,13 +1,12 @@
 """Losses on what the routers did: against their definitions in fp64, over processes and micro-steps, without padding."""
 
 import math
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from hf import EXPERTS, ours
+from processes import Python
 
 from qwen3_kernels import moe_router
 from qwen3_model.balance import GlobalCounts, balance_loss, expert_counts, load, z_loss
@@ -103,7 +102,6 @@ def test_micro_steps_add_up():
 
 WORKER = """
 import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[4])
 from qwen3_model.balance import GlobalCounts
 rank, world = int(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
@@ -120,11 +118,9 @@ print("fine")
 
 
 def test_counts_of_all_processes(tmp_path):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    commands = [[sys.executable, "-c", WORKER, str(rank), "2", str(tmp_path / "store"), root] for rank in range(2)]
-    workers = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    workers = [Python("-c", WORKER, str(rank), "2", str(tmp_path / "store")) for rank in range(2)]
     for worker in workers:
-        out, error = worker.communicate(timeout=120)
+        out, error = worker.communicate()
         assert worker.returncode == 0 and out == "fine\n", error
 
 

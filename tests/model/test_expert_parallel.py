@@ -3,40 +3,28 @@
 Tokens travel by collectives, and through buffers in shared CPU memory in the place of peers' GPU memory."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
+from processes import Python
 
 from qwen3_model.symmetric import check_places
 
-ROOT = Path(__file__).parents[2]
-# The processes are forked once all is imported, which takes longer than all that they do.
-START = """
-import functools, os, sys, torch, torch.distributed as dist
+WORKER = """
+import functools, sys, torch, torch.distributed as dist
 from qwen3_kernels import moe_experts
 from qwen3_model.expert_parallel import AllToAll, experts
 from qwen3_model.symmetric import SymmetricMemory
 sys.path.insert(0, "tests/model")
 from shared_files import SharedFiles
 
-world, store = int(sys.argv[1]), sys.argv[2]
-rank = next((r for r in range(world) if os.fork() == 0), None)
-if rank is None:
-    sys.exit(max(abs(os.waitstatus_to_exitcode(os.wait()[1])) for _ in range(world)))
+rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-"""
-WORKER = START + """
 E, K, D, I = 8, 3, 16, 12
 dispatcher = AllToAll(E)
-if sys.argv[3] == "symmetric":
-    dispatcher = SymmetricMemory(E, buffer=functools.partial(SharedFiles, sys.argv[4]))
+if sys.argv[4] == "symmetric":
+    dispatcher = SymmetricMemory(E, buffer=functools.partial(SharedFiles, sys.argv[5]))
 SIZES = {"even": [6] * 4, "ragged": [1, 9, 4, 2], "no tokens": [7, 0, 3, 0], "one expert": [5, 3, 8, 1]}
 
 def step(function, *leaves):
@@ -64,36 +52,36 @@ for case, sizes in SIZES.items():
     assert out.abs().sum() > 0 or sizes[rank] == 0
 dist.barrier()
 dist.destroy_process_group()
-os.write(1, b"fine\\n")  # in one, where print may write the end of the line after another's
+print("fine")
 """
 
 
-def run(world: int, script: str, store: Path, *args: str) -> tuple[int, str, str]:
-    """Exit code (the largest), output and errors of ``world`` processes."""
-    command = [sys.executable, "-c", script, str(world), str(store), *args]
-    group = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        return (group.wait(timeout=200), *group.communicate(timeout=10))
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(group.pid, signal.SIGKILL)
+def run(world: int, script: str, *args: str) -> list[tuple[int, str, str]]:
+    workers = [Python("-c", script, str(rank), str(world), *args) for rank in range(world)]
+    texts = [w.communicate(timeout=200) for w in workers]
+    return [(w.returncode, *t) for w, t in zip(workers, texts)]
 
 
 @pytest.mark.parametrize("transport", ["all_to_all", "symmetric"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_equals_one_process(world, transport, tmp_path):
-    code, out, error = run(world, WORKER, tmp_path / "store", transport, str(tmp_path))
-    assert (code, out) == (0, "fine\n" * world), error[-3000:]
+    for code, out, error in run(world, WORKER, str(tmp_path / "store"), transport, str(tmp_path)):
+        assert code == 0 and out == "fine\n", error[-3000:]
 
 
-BITWISE = START + """
+BITWISE = """
+import functools, sys, torch, torch.distributed as dist
 from qwen3_model import symmetric
+from qwen3_model.expert_parallel import AllToAll
+sys.path.insert(0, "tests/model")
+from shared_files import SharedFiles
 from symmetric_gpu import compare, inputs
 
+rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
 symmetric.SMALLEST, E = 1 << 12, 4 * world
-ours = symmetric.SymmetricMemory(E, buffer=functools.partial(SharedFiles, sys.argv[3]))
+ours = symmetric.SymmetricMemory(E, buffer=functools.partial(SharedFiles, sys.argv[4]))
 sizes = [[5, 9], [130, 3], [0, 40], [2, 0], [0, 0], [70, 64], [200, 210]]  # growing and shrinking
 for repeat in range(2):
     for case, n in enumerate(sizes):
@@ -102,21 +90,24 @@ for repeat in range(2):
             given = inputs(n[rank % 2], 21, to, 2, dtype, "cpu", 1000 * repeat + 10 * case + to.start)
             wrong = compare(AllToAll(E), ours, *given)
             assert not wrong, f"{n} tokens to {to}, {dtype}: {wrong} on {rank}"
-os.write(1, f"{sorted(ours.buffers)}\\n".encode())
+print(sorted(ours.buffers))
 """
 
 
 def test_symmetric_equals_all_to_all_bitwise(tmp_path):
     """With rows of odd sizes, several sizes of buffers and each made only once (`SharedFiles` refuses a second). Of two
     processes each would hear from one other, whose rows are the first in its buffer: hence three."""
-    code, out, error = run(3, BITWISE, tmp_path / "store", str(tmp_path))
-    assert code == 0, error[-3000:]
-    first, *others = out.splitlines()
-    sizes = json.loads(first)
-    assert others == [first] * 2 and len(sizes) >= 3 and all(s == 2 ** (s.bit_length() - 1) for s in sizes)
+    ended = run(3, BITWISE, str(tmp_path / "store"), str(tmp_path))
+    for code, out, error in ended:
+        assert code == 0 and out == ended[0][1], error[-3000:]
+        sizes = json.loads(out)
+        assert len(sizes) >= 3 and all(s == 2 ** (s.bit_length() - 1) for s in sizes)
 
 
-ALONE = START + """
+ALONE = """
+import sys, torch.distributed as dist
+from qwen3_model.symmetric import SymmetricMemory
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=0, world_size=1)
 try:
     SymmetricMemory(8)
 except RuntimeError as e:
@@ -126,7 +117,7 @@ except RuntimeError as e:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_symmetric_without_cuda(tmp_path):
-    code, out, error = run(1, ALONE, tmp_path / "store")
+    ((code, out, error),) = run(1, ALONE, str(tmp_path / "store"))
     assert code == 0 and "CUDA is not available; expected a GPU for every process" in out, error[-3000:]
 
 
@@ -144,7 +135,10 @@ def test_gpus_that_cannot_reach_each_other(places, message):
     check_places([("a", 3), ("a", 1)], lambda a, b: (a, b) != (1, 2))
 
 
-UNEVEN = START + """
+UNEVEN = """
+import sys, torch.distributed as dist
+from qwen3_model.expert_parallel import AllToAll
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=int(sys.argv[1]), world_size=int(sys.argv[2]))
 try:
     AllToAll(7)
 except ValueError as e:
@@ -153,5 +147,5 @@ except ValueError as e:
 
 
 def test_experts_that_cannot_be_shared_out(tmp_path):
-    code, out, error = run(2, UNEVEN, tmp_path / "store")
-    assert code == 0 and out.count("num_experts is 7; expected a multiple of the 2 processes") == 2, error[-3000:]
+    for code, out, error in run(2, UNEVEN, str(tmp_path / "store")):
+        assert code == 0 and "num_experts is 7; expected a multiple of the 2 processes" in out, error[-3000:]

@@ -329,8 +329,7 @@ def test_unknown_policy():
         model(some_tokens(BASE, 1, 3))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", ["tied", "yarn"])
+@pytest.mark.parametrize("name, packed", [("tied", True), ("yarn", False)])
 def test_compiles_without_graph_breaks(name, packed):
     """Forward and backward of the dense model, through our ops where a kernel runs and plain torch where none."""
     config = DENSE[name]

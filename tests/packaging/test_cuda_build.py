@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,18 @@ def resource_report(source: Path, out: Path) -> list[tuple[str, int, int]]:
     return [(name, int(registers), sum(map(int, used))) for name, *used, registers in kernels]
 
 
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """A report to come for each source; as many compile at a time as there are cores."""
+    out = tmp_path_factory.mktemp("cubin")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {s: pool.submit(resource_report, s, out / f"{s.stem}.cubin") for s in SOURCES}
+
+
 @pytest.mark.skipif(NVCC is None and not os.environ.get("CI"), reason="no nvcc on this machine")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_compiles_without_spills(source, tmp_path):
-    report = resource_report(source, tmp_path / "out.cubin")
+def test_compiles_without_spills(source, reports):
+    report = reports[source].result()
     assert report, "ptxas named no kernel"
     assert not [k for k in report if k[2] != 0]
     assert max(registers for _, registers, _ in report) <= 255

@@ -14,11 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 VOCAB, END = 64, 63
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    pass
-
-
 @pytest.fixture
 def model_config():
     return Qwen3Config(

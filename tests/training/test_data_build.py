@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("datatrove")
 
 from conftest import ROOT
+from processes import Python
 
 from qwen3_model.tokenizer import Tokenizer, train_bpe
 from training import strict
@@ -181,14 +182,17 @@ def test_a_killed_build_goes_on_to_the_same_bytes(built, raw, tmp_path):
     """A process killed while it works, then one that ends."""
     folder, config = raw
     (tmp_path / "build.json").write_text(json.dumps(config | {"out": str(tmp_path / "out")}))
-    command = [sys.executable, "-m", "training.data", "build", "--config", str(tmp_path / "build.json")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = ["-m", "training.data", "build", "--config", str(tmp_path / "build.json")]
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob("work/logs/*/completions/00001")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "out" / "shards").exists()
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    again = Python(*command)
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
     assert shard_bytes(tmp_path / "out") == shard_bytes(built)
 
 

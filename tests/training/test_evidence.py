@@ -303,9 +303,7 @@ def test_the_whole_chain(tmp_path, monkeypatch, model):
     quick = replace(evidence.TINY, minutes={k: v / 4 for k, v in evidence.TINY.minutes.items()})
     monkeypatch.setattr(evidence, "TINY", quick)
     options = {"data": archive, "tiny": True, "workers": 1, "model": model}
-    threads = torch.get_num_threads()
     evidence.run(Evidence(out, pack=tmp_path / "p.tar", keep=("cold",), **options), quiet=True)
-    torch.set_num_threads(threads)
     found = evidence_report.read(out / model)
     assert found.keys() == {"s1", "s2", "s3", "cold", "rl-0", "fusion", "general", "distill", "control"}
     assert found["s2"]["held_out"]["loss"] < 6.5 and found["s3"]["seq_len"] == 2048

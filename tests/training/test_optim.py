@@ -311,9 +311,9 @@ def test_muon_learns(model_config, make_data, states, moe):
     optimizer = Optimizer(model, kind="muon", states=states)
     losses = [
         train_step(model, optimizer, [loader.batch(s)], next_token_loss, lr=0.01, max_grad_norm=1.0)[0].item()
-        for s in range(40)
+        for s in range(30)
     ]
-    assert losses[0] == pytest.approx(math.log(64), rel=0.05) and losses[-1] < losses[0] - 1.5
+    assert losses[0] == pytest.approx(math.log(64), rel=0.05) and losses[-1] < losses[0] - 2.4  # AdamW's part alone: 2.2
 
 
 # ---- state, host syncs, options --------------------------------------------------------------------------------------

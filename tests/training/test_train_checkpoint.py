@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from processes import Python
 
 from qwen3_model.model import Qwen3
 from training import checkpoint, pretrain
@@ -160,7 +161,7 @@ def start(args):
     return subprocess.Popen(args, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process, code):
+def finish(process: subprocess.Popen | Python, code):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
 
@@ -192,9 +193,9 @@ def test_killed_and_resumed_runs_end_in_the_same_bits(make_config, trainer_comma
 
     # inside the writing of a checkpoint: before the optimizer's file, and with all files written but not renamed
     for owner, name, n in (("", "save_file", 2), ("", "_fsync", 4)):
-        finish(start([sys.executable, "-c", SUICIDE, owner, name, str(n), *args[3:]]), -signal.SIGKILL)
+        finish(Python("-c", SUICIDE, owner, name, str(n), *args[3:]), -signal.SIGKILL)
         assert any(p.name.startswith(".") for p in (broken.out / "checkpoints").iterdir()), "nothing was half written"
-    finish(start(args), 0)
+    finish(Python(*args[1:]), 0)
     finish(reference, 0)
 
     a, b = latest(straight.out / "checkpoints"), latest(broken.out / "checkpoints")
