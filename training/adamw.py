@@ -136,7 +136,7 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     weights = [(0.02 * torch.randn(n, device=device, generator=generator)).to(dtype) for n in sizes]
     moments, squares = ([torch.zeros_like(w) for w in weights] for _ in range(2))
     wide = [[t.double() for t in tensors] for tensors in (weights, moments, squares)]
-    steps, wide_steps = ([torch.zeros((), device=device) for _ in sizes] for _ in range(2))
+    steps, wide_steps = ([torch.zeros((), dtype=torch.float32, device=device) for _ in sizes] for _ in range(2))
     for _ in range(3):
         grads = [torch.randn(n, device=device, generator=generator).to(dtype) for n in sizes]
         adamw_fused_(weights, grads, moments, squares, steps, **options)

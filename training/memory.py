@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from qwen3_kernels.ops.linear_cross_entropy import MAX_ROUNDED_CHUNKS, chunk_size
+from qwen3_kernels.ops.linear_cross_entropy import MAX_ROUNDED_CHUNKS, default_chunk
 from qwen3_kernels.ops.swiglu_mlp import MIN_ROWS
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
@@ -204,7 +204,8 @@ class _Step:
         return 4 * V * D + (max(chunk, 2 * V * (rows + D)) if self.device == "cpu" else chunk)
 
     def chunk_tokens(self) -> int:
-        return min(chunk_size(self.N, self.model.vocab_size, 2 if self._fused_loss else 4), self.N)
+        dtype = DTYPES.get(self.config.dtype, torch.bfloat16)
+        return min(default_chunk(self.N, self.model.vocab_size, self.model.hidden_size, dtype, self.device == "cuda"), self.N)
 
     @property
     def _fused_loss(self) -> bool:

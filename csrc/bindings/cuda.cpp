@@ -42,15 +42,15 @@ PYBIND11_MODULE(_cuda, m) {
   using PrologueArg = std::tuple<HeadsArg, uintptr_t, uintptr_t, uintptr_t, int64_t, float, uintptr_t>;
   m.def("attention_backward", [](int64_t sequences, int64_t length, int64_t q_heads, int64_t k_heads, uintptr_t cu_seqlens,
                                  bool causal, float scale, HeadsArg q, HeadsArg k, HeadsArg v, HeadsArg dout, uintptr_t out,
-                                 uintptr_t lse, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t rows, uintptr_t dq_sum,
+                                 uintptr_t lse, HeadsArg dq, HeadsArg dk, HeadsArg dv, uintptr_t rows, uintptr_t dq_sum,
                                  uintptr_t dk_sum, uintptr_t counters, const std::vector<PrologueArg>& prologues, uintptr_t stream) {
     const int64_t tiles = cuda::attention_backward_tiles(cu_seqlens != 0, sequences, length) * q_heads;
     std::vector<cuda::NormRope> before;
     for (const auto& [x, weight, cos, sin, table, eps, dweight] : prologues)
       before.push_back({heads(x), pointer(weight), pointer(cos), pointer(sin), table, eps, pointer(dweight)});
     cuda::attention_backward({sequences, length, q_heads, k_heads, pointer<int32_t>(cu_seqlens), causal, scale, heads(q), heads(k),
-                              heads(v), heads(dout), pointer<void>(out), pointer(lse), pointer<void>(dq), pointer<void>(dk),
-                              pointer<void>(dv), pointer(rows), pointer(rows) + tiles * 128, pointer(dq_sum), pointer(dk_sum),
+                              heads(v), heads(dout), pointer<void>(out), pointer(lse), heads(dq), heads(dk),
+                              heads(dv), pointer(rows), pointer(rows) + tiles * 128, pointer(dq_sum), pointer(dk_sum),
                               pointer<int32_t>(counters), pointer<int32_t>(counters) + 2 * tiles,
                               before.empty() ? nullptr : before.data()}, stream);
   });

@@ -34,7 +34,7 @@ struct AttentionBackward {
   Heads q, k, v, dout;
   const void* out;  // as attention wrote them
   const float* lse;
-  void *dq, *dk, *dv;  // [tokens, heads, 128], contiguous
+  Heads dq, dk, dv;  // batches follow one another
   // Scratch, for tiles = attention_backward_tiles():
   float *lse_log2, *delta;  // [tiles, q_heads, 128]
   float* dq_sum;            // [tiles, q_heads, 2, 64 * 128]

@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 
     if (threadIdx.x % 128 == 0) barrier_arrive(keys_empty);
-    const int64_t stride = a.k_heads * kWidth, at = (s.row * a.k_heads + w.k_head) * kWidth;
+    const auto gradient = [&](const Heads& x) { return static_cast<__nv_bfloat16*>(x.data) + s.row * x.token + w.k_head * x.head; };
     const int first_row = walk.key_block * kKeys + local_key;
     if (a.dk_sum != nullptr) {
       const int64_t place = ((int64_t(first_tile(a, w.sequence)) + walk.key_block) * a.k_heads + w.k_head) * 2 + consumer;
@@ -397,9 +397,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int j = 0; j < 16; ++j) to[j * 128] = make_float4(dk[4 * j], dk[4 * j + 1], dk[4 * j + 2], dk[4 * j + 3]);
     } else {
-      write_rows(dk, a.scale, first_row, s.length, static_cast<__nv_bfloat16*>(a.dk) + at, stride, quarter);
+      write_rows(dk, a.scale, first_row, s.length, gradient(a.dk), a.dk.token, quarter);
     }
-    write_rows(dv, 1.f, first_row, s.length, static_cast<__nv_bfloat16*>(a.dv) + at, stride, quarter);
+    write_rows(dv, 1.f, first_row, s.length, gradient(a.dv), a.dv.token, quarter);
   }
 }
 
@@ -448,7 +448,7 @@ __device__ inline void norm_rope_backward(float (&g)[32], const NormRope& before
 // A gradient from its sums, which lie as the threads of a warpgroup held them. A CTA has 64 tokens of a head.
 template <bool PROLOGUE>
 __global__ void __launch_bounds__(128, 3) finish_kernel(const __grid_constant__ AttentionBackward a, const float* sums, int heads,
-                                                     __nv_bfloat16* grad, const __grid_constant__ NormRope before) {
+                                                     const __grid_constant__ Heads grad, const __grid_constant__ NormRope before) {
   const int tile = blockIdx.x / 2, head = blockIdx.y, s = sequence_at(a, tile), thread = threadIdx.x, quarter = thread % 4;
   const Sequence q = sequence(a, s);
   const int top = (tile - first_tile(a, s)) * kKeys + blockIdx.x % 2 * 64, first_row = top + thread / 32 * 16 + thread % 32 / 4;
@@ -472,7 +472,7 @@ __global__ void __launch_bounds__(128, 3) finish_kernel(const __grid_constant__ 
                                (q.first_token + there) * before.x.token + head * before.x.head;
       norm_rope_backward(g, before, data, q.row + there, quarter, dweight);
     }
-    write_row(g, grad + ((q.row + row) * heads + head) * kWidth, quarter, live);
+    write_row(g, static_cast<__nv_bfloat16*>(grad.data) + (q.row + row) * grad.token + head * grad.head, quarter, live);
   }
   if constexpr (PROLOGUE) {  // over the rows: of a warp by exchange, of the warps in their order
     __shared__ float share[4][kWidth];
@@ -511,8 +511,8 @@ template <bool CAUSAL> void launch(const AttentionBackward& a, cudaStream_t stre
   backward_kernel<CAUSAL><<<unsigned(ctas), kThreads, kShared, stream>>>(
       heads_map(a, a.q, a.q_heads, kQueries), heads_map(a, a.k, a.k_heads, kKeys), heads_map(a, a.v, a.k_heads, kKeys),
       heads_map(a, a.dout, a.q_heads, kQueries), a, a.scale * kLog2e, sms);
-  const auto finish = [&](auto kernel, const float* sums, int64_t heads, void* grad, const NormRope& before) {
-    kernel<<<dim3(unsigned(2 * tiles), unsigned(heads)), 128, 0, stream>>>(a, sums, int(heads), static_cast<__nv_bfloat16*>(grad), before);
+  const auto finish = [&](auto kernel, const float* sums, int64_t heads, const Heads& grad, const NormRope& before) {
+    kernel<<<dim3(unsigned(2 * tiles), unsigned(heads)), 128, 0, stream>>>(a, sums, int(heads), grad, before);
   };
   if (a.prologue == nullptr) {
     finish(finish_kernel<false>, a.dq_sum, a.q_heads, a.dq, {});

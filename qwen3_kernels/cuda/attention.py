@@ -35,30 +35,33 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
     q_start: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale)[:3]
+    grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    _backward(grads, dout, q, k, v, out, lse, cu_seqlens, causal, scale)
+    return grads
 
 
 def backward_through_norm_rope(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
     q_start: Tensor | None, causal: bool, scale: float, q_raw: Tensor, k_raw: Tensor, q_weight: Tensor, k_weight: Tensor,
     cos: Tensor, sin: Tensor, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As ``backward`` where q and k are ``qk_norm_rope(q_raw, k_raw, q_weight, k_weight, cos, sin, eps)``: (dq_raw, dk_raw, dv,
-    dq_weight, dk_weight)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``backward`` where q and k are ``qk_norm_rope(q_raw, k_raw, q_weight, k_weight, cos, sin, eps)``: (dq_raw, dk_raw and
+    dv by heads in one tensor, dq_weight, dk_weight)."""
     cos, sin = (t.float().contiguous() for t in (cos, sin))
     parts = [(aligned(raw), weight.float().contiguous(), cos, sin, eps) for raw, weight in ((q_raw, q_weight), (k_raw, k_weight))]
-    dq, dk, dv, *shares = _backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale, parts)
-    return dq, dk, dv, *(s.sum(0).to(w.dtype) for s, w in zip(shares, (q_weight, k_weight)))
+    counts = [t.shape[-2] for t in (q, k, v)]
+    grads = torch.empty((*q.shape[:-2], sum(counts), q.shape[-1]), dtype=q.dtype, device=q.device)
+    shares = _backward(grads.split(counts, -2), dout, q, k, v, out, lse, cu_seqlens, causal, scale, parts)
+    return grads, *(s.sum(0).to(w.dtype) for s, w in zip(shares, (q_weight, k_weight)))
 
 
-def _backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale, prologue=()) -> list[Tensor]:
-    """[dq, dk, dv], and with a prologue the shares [blocks, D] of dq_weight and dk_weight."""
+def _backward(grads, dout, q, k, v, out, lse, cu_seqlens, causal, scale, prologue=()) -> list[Tensor]:
+    """Writes dq, dk and dv, the ``grads``; with a prologue returns the shares [blocks, D] of dq_weight and dk_weight."""
     dout, q, k, v = map(aligned, (dout, q, k, v))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    grads = [empty(*t.shape, dtype=t.dtype) for t in (q, k, v)]
     sequences, cu_seqlens = _sequences(q, cu_seqlens)
     tiles = core.attention_backward_tiles(cu_seqlens is not None, sequences, q.shape[-3])
     sums = [empty(tiles * t.shape[-2], TILE * q.shape[-1]) for t in ((q, k) if prologue else (q,))]
@@ -71,11 +74,11 @@ def _backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale, prologue=()) -
     with torch.cuda.device(q.device):
         core.attention_backward(
             sequences, q.shape[-3], q.shape[-2], k.shape[-2], _address(cu_seqlens), causal, scale,
-            heads(q), heads(k), heads(v), heads(dout), out.data_ptr(), lse.data_ptr(), *(g.data_ptr() for g in grads),
+            heads(q), heads(k), heads(v), heads(dout), out.data_ptr(), lse.data_ptr(), *map(heads, grads),
             rows.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr() if prologue else 0, counters.data_ptr(), before,
             torch.cuda.current_stream().cuda_stream,
         )
-    return grads + shares
+    return shares
 
 
 def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor | None]:

@@ -71,7 +71,7 @@ def linear_cross_entropy(
         head_grad: [V, H] in head's dtype or float32: the head's gradient is added to it in place of being handed to
             autograd, so micro-steps share one buffer. Needs a reduced loss, whose own gradient must be 1 (as under
             ``loss.backward()``; scale by ``num_items`` or ``weights``).
-        chunk_tokens: tokens a chunk; default: see `CHUNK_BYTES`.
+        chunk_tokens: tokens a chunk; default: see `default_chunk`.
 
     Returns:
         float32: the loss, a scalar or [...] for "none"; with ``return_stats`` the pair (loss, stats).
@@ -120,7 +120,7 @@ def linear_cross_entropy(
         return loss
     if backend == "cuda" and (H % 8 or V % 8):  # TMA reads rows of 16-byte units
         backend = "triton"
-    rows = chunk_tokens or _chunk_tokens(N, hidden, head)
+    rows = chunk_tokens or default_chunk(N, V, H, hidden.dtype, hidden.is_cuda)
     flat = (hidden.reshape(N, H), head, labels.reshape(N))
     options = (ignore_index, float(temperature), float(z_loss), return_stats, rows, backend)
     if reduction == "none":
@@ -153,15 +153,28 @@ def _token_weights(
     return weight / num_items if reduction == "num_items" else weight
 
 
-def chunk_size(N: int, V: int, logit_bytes: int) -> int:
-    """Tokens in each of the equal chunks, whole tiles of 256, whose logits take at most `CHUNK_BYTES`."""
-    most = max(CHUNK_BYTES // (V * logit_bytes) // 256 * 256, 256)
+def chunk_size(N: int, V: int, logit_bytes: int, budget: int | None = None) -> int:
+    """Tokens in each of the equal chunks, whole tiles of 256, whose logits take at most ``budget``, by default `CHUNK_BYTES`."""
+    most = max((budget or CHUNK_BYTES) // (V * logit_bytes) // 256 * 256, 256)
     chunks = max(-(-N // most), 1)
     return max(-(-N // (chunks * 256)) * 256, 256)
 
 
-def _chunk_tokens(N: int, hidden: Tensor, head: Tensor) -> int:
-    return chunk_size(N, head.shape[0], 2 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else 4)
+def default_chunk(N: int, V: int, H: int, dtype: torch.dtype, cuda: bool) -> int:
+    """Tokens in a chunk by default.
+
+    Where more than `MAX_ROUNDED_CHUNKS` chunks of a half precision would need a float32 gradient of the head, larger chunks without one are taken
+    instead if they need no more memory: 16,384 tokens of width 2048 in 43.5 ms and 2.0 GB for 48.3 ms and 2.6 GB on an H100.
+    Past 8 chunks they have twice the bytes, as each of them reads and writes the head's gradient, now in float32: 32,768
+    tokens of width 1024 in 47.0 ms and 2.3 GB for 48.7 ms and 1.65 GB; twice that again would save 1.1 ms for 0.7 GB.
+    """
+    logit_bytes = 2 if cuda and dtype == torch.bfloat16 else 4
+    rows = chunk_size(N, V, logit_bytes)
+    if dtype.itemsize >= 4 or N <= MAX_ROUNDED_CHUNKS * rows:
+        return rows
+    budget = CHUNK_BYTES * (2 if N > 8 * rows else 1)
+    few = -(-N // (MAX_ROUNDED_CHUNKS * 256)) * 256
+    return few if few * V * logit_bytes <= budget + 4 * V * H else chunk_size(N, V, logit_bytes, budget)
 
 
 # --- The computation, shared by all backends.

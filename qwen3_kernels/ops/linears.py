@@ -47,9 +47,31 @@ class _Linears(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         wants_dx, *wants = ctx.needs_input_grad
         rows, dx, dweights = x.reshape(-1, x.shape[-1]), None, []
+        grads = [dy.reshape(-1, dy.shape[-1]) for dy in grads]
+        if wants_dx and all(wants) and (dy := _side_by_side(grads)) is not None:
+            dx = dy @ torch.cat(weights)
+            return dx.view(x.shape), *(dy.mT @ rows).split([len(w) for w in weights])
         for dy, w, wanted in zip(grads, weights, wants):
-            dy = dy.reshape(-1, dy.shape[-1])
             if wants_dx:
                 dx = dy @ w if dx is None else dx.addmm_(dy, w)
             dweights.append(dy.mT @ rows if wanted else None)
         return None if dx is None else dx.view(x.shape), *dweights
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor | None:
+    """The matrix whose columns these are, one after another and in this order, if there is one in memory.
+
+    Its two products in place of six take 379 and 366 us for 447 and 390 on an H100 (q, k and v of Qwen3-0.6B, 32,768 tokens),
+    with 9 us to put the weights together; forward there is nothing to gain (426 for 431).
+    """
+    # Traced tensors have no addresses, and a view of all parts by the first alone has no gradient.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(type(p) is not Tensor for p in parts):
+        return None
+    first, end = parts[0], parts[0].storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    for p in parts:
+        if p.stride() != first.stride() or p.storage_offset() != end or p.untyped_storage().data_ptr() != storage:
+            return None
+        end += p.shape[1]
+    width = end - first.storage_offset()
+    return first.as_strided((len(first), width), (width, 1)) if first.stride() == (width, 1) else None

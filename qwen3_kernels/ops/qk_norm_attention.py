@@ -104,8 +104,8 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos_RC: Tensor, sin_RC: Tensor,
     cu_seqlens: Tensor | None, out: Tensor, lse: Tensor, q_rotated: Tensor, k_rotated: Tensor, causal: bool, eps: float,
     scale: float, rope_backend: str, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dq_weight, dk_weight)"""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk and dv by heads in one tensor, which `linears` takes as one, dq_weight, dk_weight)"""
     if q_rotated.numel() == 0:
         q_rotated, k_rotated = _rotated(q, k, q_weight, k_weight, cos_RC, sin_RC, eps, rope_backend)
     kernels, prologue = dispatch.backend("attention", backend), (q, k, q_weight, k_weight, cos_RC, sin_RC, eps)
@@ -115,13 +115,14 @@ def _backward(
     dq, dk, dv = kernels.backward(*args)
     flat = (t.reshape(-1, *t.shape[-2:]) for t in (dq, dk, q, k))
     dq, dk, dq_weight, dk_weight = dispatch.backend("qk_norm_rope", rope_backend).backward(*flat, *prologue[2:])
-    return dq.view(q.shape), dk.view(k.shape), dv, dq_weight, dk_weight
+    return torch.cat((dq.view(q.shape), dk.view(k.shape), dv), -2), dq_weight, dk_weight
 
 
 @_backward.register_fake
 def _(dout, q, k, v, q_weight, k_weight, cos_RC, sin_RC, cu_seqlens, out, lse, q_rotated, k_rotated, causal, eps, scale,
       rope_backend, backend):
-    return tuple(t.new_empty(t.shape) for t in (q, k, v, q_weight, k_weight))
+    heads = sum(t.shape[-2] for t in (q, k, v))
+    return q.new_empty(*q.shape[:-2], heads, q.shape[-1]), *(w.new_empty(w.shape) for w in (q_weight, k_weight))
 
 
 def _setup_context(ctx, inputs, output):
@@ -134,8 +135,9 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dout, *_):
     if dout is None:
         return (None,) * 14
-    grads = _backward(dout, *ctx.saved_tensors, ctx.causal, ctx.eps, ctx.scale, ctx.rope_backend, ctx.backend)
-    return *grads, *[None] * 9
+    saved = ctx.saved_tensors
+    grads, *dweights = _backward(dout, *saved, ctx.causal, ctx.eps, ctx.scale, ctx.rope_backend, ctx.backend)
+    return *grads.split([t.shape[-2] for t in saved[:3]], -2), *dweights, *[None] * 9
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

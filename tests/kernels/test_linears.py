@@ -51,6 +51,33 @@ def test_one_output_unused():
     assert not got[2].any()
 
 
+PLACES = {  # where the gradients of 24, 8 and 8 columns lie in a tensor of 48
+    "side by side": ((0, 24, 32), 40), "in a wider row": ((0, 24, 32), 48), "swapped": ((0, 32, 24), 40), "apart": ((0, 24, 40), 48),
+    "overlapping": ((0, 16, 24), 40),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_gradients_within_one_tensor(place, monkeypatch):
+    """They are multiplied as one matrix where they are one, and never else."""
+    starts, width = PLACES[place]
+    found, look = [], module._side_by_side
+    monkeypatch.setattr(module, "_side_by_side", lambda parts: found.append(look(parts)) or found[-1])
+    x, ws = inputs(torch.float64)
+    whole = torch.randn(2, 5, width, dtype=torch.float64)
+    dys = [whole[..., start : start + len(w)] for start, w in zip(starts, ws)]
+    got = torch.autograd.grad(linears(x, *ws), (x, *ws), dys)
+    assert (found[0] is not None) == (place == "side by side")
+    for g, want in zip(got, torch.autograd.grad([F.linear(x, w) for w in ws], (x, *ws), dys)):
+        torch.testing.assert_close(g, want, rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivatives():
+    x, ws = inputs(torch.float64)
+    joined = lambda x, *ws: torch.cat(linears(x, *ws), -1).square()  # noqa: E731  its gradients lie side by side
+    assert torch.autograd.gradgradcheck(joined, (x, *ws))
+
+
 def test_error_is_no_larger_than_separate_products():
     errors = []
     for seed in range(8):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen3_kernels import linear_cross_entropy, linear_kl
-from qwen3_kernels.ops.linear_cross_entropy import _chunk_tokens
+from qwen3_kernels.ops.linear_cross_entropy import default_chunk
 from qwen3_model.config import Qwen3Config
 from qwen3_model.model import Qwen3
 from qwen3_model.recompute import POLICIES
@@ -207,9 +207,9 @@ def test_peak_of_a_real_step_on_the_gpu(policy):
 )
 def test_chunks_are_the_losss_own(tokens, vocabulary, width):
     model = dataclasses.replace(DENSE, vocab_size=vocabulary, hidden_size=width)
-    hidden, head = torch.empty(tokens, width, device="meta"), torch.empty(vocabulary, width, device="meta")
-    ours = _Step(settings(rows=1, seq_len=tokens), model, "cpu").chunk_tokens()
-    assert ours == min(_chunk_tokens(tokens, hidden, head), tokens)
+    for dtype in DTYPES:
+        ours = _Step(settings(rows=1, seq_len=tokens, dtype=dtype), model, "cpu").chunk_tokens()
+        assert ours == min(default_chunk(tokens, vocabulary, width, DTYPES[dtype], cuda=False), tokens)
 
 
 # ---- advice ----------------------------------------------------------------------------------------------------------
