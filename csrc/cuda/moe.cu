@@ -8,7 +8,8 @@
 // multiply, 64 rows each (128 when the own operand is the right one), and run the epilogue of a tile piece by piece
 // between the products of the next one; the second warpgroup trails a little, so that one changes tiles behind the
 // other's products. Clusters stay and walk over a list of tiles which every thread derives from the plan's offsets,
-// so the host needs to know nothing of the routing.
+// so the host needs to know nothing of the routing. A dense feed-forward block (DENSE) is one expert that has all tokens in
+// their order: its own rows come by TMA, and there are no weights.
 //
 //     task            own operand               shared operand          contraction over
 //     up              x[token]         (left)   gate and up, 128 each   d
@@ -266,7 +267,7 @@ __device__ inline uint4 load_shared(uint32_t address) {
 // before and without costing registers: 32 bytes a thread, which nobody else touches. The slots come in groups of four:
 // code for all sixteen would not stay in the instruction cache. What a slot stores is not read again before it has left
 // L2, and says so.
-template <Task TASK> class Deferred {
+template <Task TASK, bool DENSE> class Deferred {
  public:
   static constexpr int kGroup = 4, kGroups = TASK == Task::down_backward ? 4 : 2, kSlots = kGroup * kGroups;
 
@@ -290,7 +291,7 @@ template <Task TASK> class Deferred {
     at_ = {element(g_.out, p.row, p.column) + 8 * p.q + (is_gradient(TASK) ? t.expert * g_.out_expert : 0), rows - p.row,
            columns - p.column - 8 * p.q};
     if (kTwo) keep<int64_t>(kSecond, element(g_.second, p.row, p.column) + 8 * p.q - static_cast<bf16*>(g_.second.data));
-    if constexpr (TASK == Task::down_backward) {
+    if constexpr (TASK == Task::down_backward && !DENSE) {
       keep(kWeights, kept<float>(kNextWeights)), keep(kWeights + 4, kept<float>(kNextWeights + 4));
       keep(kPartial, int64_t(p.row) * tiles_of(g_.columns, columns_of(TASK)) + p.column / columns_of(TASK));
     }
@@ -438,7 +439,7 @@ template <Task TASK> class Deferred {
   }
 
   __device__ __forceinline__ void down_backward(int group, int j, const uint4 (&h)[2]) {
-    const float weight = kept<float>(kWeights + group / 2 * 4);
+    const float weight = DENSE ? 1 : kept<float>(kWeights + group / 2 * 4);
     uint32_t gate[4] = {h[0].x, h[0].y, h[0].z, h[0].w}, up[4] = {h[1].x, h[1].y, h[1].z, h[1].w}, da[4];
     gather(j, da);
 #pragma unroll
@@ -449,7 +450,7 @@ template <Task TASK> class Deferred {
       for (int c = 0; c < 2; ++c) {
         const float v = c ? x.y : x.x, u = c ? y.y : y.x, d = c ? ds.y : ds.x;
         const float s = sigmoid(v), silu = v * s, product = silu * u, scaled_da = weight * d;
-        sum_ = fmaf(d, product, sum_);
+        if (!DENSE) sum_ = fmaf(d, product, sum_);
         a[c] = weight * product;
         dx[c] = scaled_da * u * fmaf(silu, 1 - s, s);  // silu' = s + v s (1 - s)
         dy[c] = scaled_da * silu;
@@ -457,7 +458,7 @@ template <Task TASK> class Deferred {
       da[i] = pack_pair(a[0], a[1]), gate[i] = pack_pair(dx[0], dx[1]), up[i] = pack_pair(dy[0], dy[1]);
     }
     store_two(j, gate, up, da);
-    if (j == kGroup - 1 && group % 2 == 1) {  // a row's last block
+    if (!DENSE && j == kGroup - 1 && group % 2 == 1) {  // a row's last block
       sum_ += __shfl_xor_sync(~0u, sum_, 1);
       sum_ += __shfl_xor_sync(~0u, sum_, 2);
       if (threadIdx.x % 4 == 0 && at_.rows > 0 && at_.columns > -32 * kGroup)  // of the tile's second half
@@ -475,13 +476,14 @@ template <Task TASK> class Deferred {
 
 // --- the kernel
 
-template <Task TASK, class Out>
+template <Task TASK, class Out, bool DENSE>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap own_map, const __grid_constant__ CUtensorMap shared_map,
                 const __grid_constant__ Gemm g) {
-  constexpr bool kGathered = is_gathered(TASK), kGradient = is_gradient(TASK);
+  constexpr bool kGathered = is_gathered(TASK) && !DENSE, kGradient = is_gradient(TASK);
   constexpr bool kDeferred = sizeof(Out) == 2;  // 3 to 25 % faster than at once, where products stand still meanwhile
-  constexpr int kRegisters = kDeferred && TASK != Task::down ? 232 : 224;
+  // Where own rows come by TMA the loader needs 56, but for what down_backward multiplies with.
+  constexpr int kRegisters = kDeferred && (kGathered || TASK == Task::up_backward || TASK == Task::down_backward) ? 232 : 224;
   constexpr int kLoaderRegisters = 3 * 168 - 2 * kRegisters;  // a thread of three warpgroups starts with 168
   extern __shared__ __align__(1024) uint8_t stages[];
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
@@ -591,7 +593,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + s, threadIdx.x % 128);
     };
     float acc[128];
-    Deferred<TASK> last(g, landing);
+    Deferred<TASK, DENSE> last(g, landing);
     const int all_steps = kGradient ? 0 : uniform(steps_of<TASK>(g, t));  // of every tile
     for (bool first = true; walk.next(t); first = false) {
       t.end = uniform(t.end), t.own = uniform(t.own), t.column = uniform(t.column);  // each a register that others need
@@ -633,12 +635,12 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       arrived();
       if constexpr (kDeferred) {
         const auto products_before = [&](int slot) __attribute__((always_inline)) {
-          constexpr int kSlots = Deferred<TASK>::kSlots;  // the first has steps to hide behind, and so has the last
+          constexpr int kSlots = Deferred<TASK, DENSE>::kSlots;  // the first has steps to hide behind, and so has the last
 #pragma unroll 1
           for (const int until = (steps * (slot + 1) + kSlots - 1) / kSlots; k < until;) step();
         };
         const auto weights_after = [&](int group) __attribute__((always_inline)) {
-          if (TASK == Task::down_backward && group % 2 == 0) last.find_weights(own.row, t.end, group > 0);
+          if (TASK == Task::down_backward && !DENSE && group % 2 == 0) last.find_weights(own.row, t.end, group > 0);
         };
         last.run(products_before, weights_after);
         wgmma_wait<0>();
@@ -714,9 +716,9 @@ void check_width(const char* name, int64_t width) {
                                 "; expected a positive multiple of 8");
 }
 
-template <Task TASK, class Out = bf16>
+template <Task TASK, class Out = bf16, bool DENSE = false>
 void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
-  constexpr auto kernel = gemm_kernel<TASK, Out>;
+  constexpr auto kernel = gemm_kernel<TASK, Out, DENSE>;
   static const int sms = [] {
     int device = 0, count = 0;
     check(cudaGetDevice(&device));
@@ -751,7 +753,9 @@ void moe_up(const MoePlan& p, int64_t d, int64_t i, Rows x, Experts gate_up, Row
   Gemm g = rows_gemm(p, d, i, h);
   if (p.rows == 0) return;
   g.index = p.token, g.own = x, g.second = a;
-  launch<Task::up>({}, map_of(gate_up, p.experts, 2 * i, d, kShared / 2), g, stream);
+  const CUtensorMap shared = map_of(gate_up, p.experts, 2 * i, d, kShared / 2);
+  if (p.token == nullptr) launch<Task::up, bf16, true>(map_of(x, p.rows, d, kOwn), shared, g, stream);
+  else launch<Task::up>({}, shared, g, stream);
 }
 
 void moe_down(const MoePlan& p, int64_t d, int64_t i, Rows a, Experts down, Rows y, uintptr_t stream) {
@@ -766,7 +770,9 @@ void moe_down_backward(const MoePlan& p, int64_t d, int64_t i, Rows grad, Expert
   if (p.rows == 0) return;
   if (h.stride != dh.stride) throw std::invalid_argument("moe: h and its gradient have rows of different strides");
   g.index = p.token, g.own = grad, g.h = h, g.second = scaled, g.weights = weights, g.partial = partial;
-  launch<Task::down_backward>({}, map_of(down, p.experts, d, i, kStep), g, stream);
+  const CUtensorMap shared = map_of(down, p.experts, d, i, kStep);
+  if (p.token == nullptr) return launch<Task::down_backward, bf16, true>(map_of(grad, p.rows, d, kOwn), shared, g, stream);
+  launch<Task::down_backward>({}, shared, g, stream);
   sum_partials<<<unsigned((p.rows + 255) / 256), 256, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
       p, int(moe_partials(1, i)), partial, dweights);
   check(cudaGetLastError());

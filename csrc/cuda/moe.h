@@ -9,8 +9,9 @@ namespace qwen3::cuda {
 struct MoePlan {
   int64_t experts, rows;
   const int32_t* offsets;  // [experts + 1] first row of each expert
-  const int32_t* token;    // [rows] the token of a row
-  const int32_t* slot;     // [rows] token * k + choice
+  const int32_t* token;    // [rows] the token of a row; null, in moe_up and moe_down_backward alone, for a dense block: one
+                           // expert, whose row r is token r
+  const int32_t* slot;     // [rows] token * k + choice; not read in a dense block
 };
 
 // Element (e, r, c) is data[e * expert + r * row + c].
@@ -28,7 +29,8 @@ void moe_up(const MoePlan&, int64_t d, int64_t i, Rows x, Experts gate_up, Rows 
 void moe_down(const MoePlan&, int64_t d, int64_t i, Rows a, Experts down, Rows y, uintptr_t stream);
 
 // With da = grad[token] @ down[e] and s = weights[slot]: dweights[slot] = sum(da * a) along a row (0 without expert),
-// dh = the gradient of h when a's is s * da, scaled = s * a. partial: moe_partials(rows, i) floats.
+// dh = the gradient of h when a's is s * da, scaled = s * a. partial: moe_partials(rows, i) floats. In a dense block s is 1, and
+// weights, dweights and partial are not used.
 void moe_down_backward(const MoePlan&, int64_t d, int64_t i, Rows grad, Experts down, Rows h, const float* weights,
                        float* dweights, Rows dh, Rows scaled, float* partial, uintptr_t stream);
 int64_t moe_partials(int64_t rows, int64_t i);
