@@ -16,15 +16,16 @@ DTYPES, CAPABILITY = moe_experts.DTYPES, moe_experts.CAPABILITY
 def up(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, D], gate_up [2I, D] -> (h [N, 2I], silu(gate) · up [N, I])"""
     N, I = x.shape[0], gate_up.shape[0] // 2
-    h, a = x.new_empty(N, 2 * I), x.new_empty(N, I)
-    _call(core.moe_up, x, I, rows(aligned(x)), _weight(gate_up), rows(h), rows(a))
+    x, h, a = aligned(x), x.new_empty(N, 2 * I), x.new_empty(N, I)
+    _call(core.moe_up, x, I, rows(x), _weight(gate_up), rows(h), rows(a))
     return h, a
 
 
 def down_backward(dy: Tensor, down: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """dy [N, D], down [D, I], h [N, 2I] -> (dh [N, 2I], silu(gate) · up [N, I])"""
+    dy, down = aligned(dy), aligned(down)
     dh, a = torch.empty_like(h), h.new_empty(h.shape[0], h.shape[1] // 2)
-    _call(core.moe_down_backward, dy, a.shape[1], rows(aligned(dy)), _weight(aligned(down)), rows(h), 0, 0, rows(dh), rows(a), 0)
+    _call(core.moe_down_backward, dy, a.shape[1], rows(dy), _weight(down), rows(h), 0, 0, rows(dh), rows(a), 0)
     return dh, a
 
 
