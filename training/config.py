@@ -44,15 +44,15 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, adamw for the rest
     # float32: master weights and moments; float32-moments: no masters; bfloat16: moments, too (see optim.Optimizer)
     optimizer_states: Literal["float32", "float32-moments", "bfloat16"] = "float32"
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.1  # of matrices; vectors have none
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    max_grad_norm: float = 1.0  # of all gradients together; a longer one is scaled down
     z_loss: float = 0.0  # weight of logsumexp^2
     router_z_loss: float = 0.0  # the same of the routers' logits, for mixtures of experts
     # skip steps whose loss or gradient norm is so many standard deviations above the mean of the last spike_window; 0: none
     spike_sigma: float = 0.0
-    spike_window: int = 128
-    seed: int = 0
+    spike_window: int = 128  # steps
+    seed: int = 0  # of the weights, the order of the data, stochastic rounding
     device: str = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA and on CPUs with AMX
     recompute: Literal["none", "norm+swiglu", "full"] = "none"  # instead of keeping for the backward; no bit changes

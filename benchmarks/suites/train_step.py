@@ -21,6 +21,7 @@ CASES = [
     ("Qwen3-0.6B", 8, ("ours", "transformers+liger", "transformers+ours")),
     ("Qwen3-0.6B", 4, ("ours", "transformers+compile", "transformers")),
     ("Qwen3-1.7B", 4, ("ours", "transformers+liger", "transformers+ours")),
+    ("Qwen3-1.7B", 8, ("ours", "transformers+liger", "transformers+ours")),
 ]
 LENGTH = 4096
 PEER_OF = {"transformers+liger": "liger", "transformers+compile": "compile", "transformers": "transformers"}

@@ -39,6 +39,7 @@ PYBIND11_MODULE(_cuda, m) {
                      heads(v), pointer<void>(out), pointer(lse)}, stream);
   });
   m.def("attention_backward_tiles", &cuda::attention_backward_tiles, "Tiles of 128 tokens by which the scratch is laid out.");
+  m.def("attention_backward_shares", &cuda::attention_backward_shares, "Rows of a norm's gradient, to be summed.");
   using PrologueArg = std::tuple<HeadsArg, uintptr_t, uintptr_t, uintptr_t, int64_t, float, uintptr_t>;
   m.def("attention_backward", [](int64_t sequences, int64_t length, int64_t q_heads, int64_t k_heads, uintptr_t cu_seqlens,
                                  bool causal, float scale, HeadsArg q, HeadsArg k, HeadsArg v, HeadsArg dout, uintptr_t out,

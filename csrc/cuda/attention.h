@@ -23,7 +23,7 @@ struct NormRope {
   const float *weight, *cos, *sin;  // [128], [rows, 64]; token n has row n % rows
   int64_t rows;
   float eps;
-  float* dweight;  // [tiles, heads, 2, 128], to be summed
+  float* dweight;  // [attention_backward_shares(tiles, heads), 128], to be summed
 };
 
 struct AttentionBackward {
@@ -46,5 +46,6 @@ struct AttentionBackward {
 
 void attention_backward(const AttentionBackward&, uintptr_t stream);
 int64_t attention_backward_tiles(bool packed, int64_t sequences, int64_t length);
+int64_t attention_backward_shares(int64_t tiles, int64_t heads);
 
 }  // namespace qwen3::cuda

@@ -27,6 +27,7 @@ constexpr int kKeyTile = 4 * kSlab, kQueryTile = 2 * kSlab;
 constexpr int kRows = kQueries * 4;          // bytes of a number a query
 constexpr int kSums = kQueries * kWidth * 4;  // bytes of a block of dQ
 constexpr int kShared = 3 * kKeyTile + kSums + 2 * kStages * (kQueryTile + kRows) + (3 + kAdders + 3 * kStages) * 8 + (kStages + 1) * 4;
+constexpr int kFinishHeads = 4;  // of a CTA of the last pass
 constexpr float kLog2e = 1.4426950408889634f;
 
 __device__ inline int blocks_of(int length) { return (length + kKeys - 1) / kKeys; }
@@ -149,6 +150,9 @@ __device__ inline void write_rows(const float (&x)[64], float scale, int first_r
   }
 }
 
+// 16 bytes that nothing writes meanwhile, so that what a thread stores does not hold up what it loads next.
+__device__ inline uint4 load16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+
 // delta = dO . O and the log-sum-exp in powers of two, by head; counters to zero. A CTA has 32 tokens and 8 heads.
 __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ AttentionBackward a) {
   constexpr int kRowsHere = 32;
@@ -160,15 +164,16 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ At
   if (tile_row >= q.length) return;
   const auto* out = static_cast<const __nv_bfloat16*>(a.out);
   const auto* dout = static_cast<const __nv_bfloat16*>(a.dout.data) + q.batch * a.dout.batch;
-#pragma unroll 4
+#pragma unroll 2  // 110 us; 4 take registers from the number of CTAs at a time: 124
   for (int i = threadIdx.x / 16; i < kRowsHere * 8; i += 16) {
     const int row = first_row + i / 8, head = first_head + i % 8;
     const bool live = row < q.length && i % 8 < heads;
-    float sum = 0;
+    float sum = 0, lse = INFINITY;  // infinity makes the probabilities of rows beyond the sequence zero
     if (live) {
       const int column = lane % 16 * 8;
-      const uint4 x = *reinterpret_cast<const uint4*>(out + ((q.row + row) * q_heads + head) * kWidth + column);
-      const uint4 y = *reinterpret_cast<const uint4*>(dout + (q.first_token + row) * a.dout.token + head * a.dout.head + column);
+      const uint4 x = load16(out + ((q.row + row) * q_heads + head) * kWidth + column);
+      const uint4 y = load16(dout + (q.first_token + row) * a.dout.token + head * a.dout.head + column);
+      lse = __ldg(a.lse + (q.row + row) * q_heads + head) * kLog2e;
       const auto *xs = reinterpret_cast<const __nv_bfloat162*>(&x), *ys = reinterpret_cast<const __nv_bfloat162*>(&y);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -180,8 +185,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ At
     for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
     if (lane % 16 == 0 && i % 8 < heads) {
       const int64_t at = (int64_t(tile) * q_heads + head) * kKeys + blockIdx.z * kRowsHere + i / 8;
-      // Infinity makes the probabilities of rows beyond the sequence zero.
-      a.lse_log2[at] = live ? a.lse[(q.row + row) * q_heads + head] * kLog2e : INFINITY;
+      a.lse_log2[at] = lse;
       a.delta[at] = sum;
     }
   }
@@ -403,87 +407,111 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// What a CTA's heads share: the cosines and sines of its 64 tokens, and the norm's weights. A row has 8 numbers more, so that the
+// rows of half a warp lie in different banks.
+struct Turns {
+  float cos[64][kWidth / 2 + 8], sin[64][kWidth / 2 + 8], weight[kWidth];
+};
+
 // The gradient before norm and RoPE from that after them, of a thread's 32 columns of a row: RoPE pairs a column with the one
 // 64 further on, which is the same thread's. Adds to dweight's shares of these columns.
-__device__ inline void norm_rope_backward(float (&g)[32], const NormRope& before, const __nv_bfloat16* row, int64_t token,
-                                          int quarter, float (&dweight)[32]) {
-  float x[32], sum = 0, dot = 0;
+__device__ inline void norm_rope_backward(float (&g)[32], const Turns& turns, int row, const __nv_bfloat16* from, float eps, int quarter,
+                                          float (&dweight)[32]) {
+  uint32_t x[16];  // columns 8 j + 2 quarter (+ 1); as they are, since there are no registers for 32 numbers more
+  float sum = 0, dot = 0;
+  const auto value = [&](int i) { return __uint_as_float(i % 2 ? x[i / 2] & 0xffff0000 : x[i / 2] << 16); };
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint4 eight = *reinterpret_cast<const uint4*>(row + 32 * i + 8 * quarter);
+    const uint4 eight = load16(from + 32 * i + 8 * quarter);
     uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
     quad_transpose(pairs, quarter);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      x[8 * i + 2 * j] = __uint_as_float(pairs[j] << 16), x[8 * i + 2 * j + 1] = __uint_as_float(pairs[j] & 0xffff0000);
-      sum = fmaf(x[8 * i + 2 * j], x[8 * i + 2 * j], fmaf(x[8 * i + 2 * j + 1], x[8 * i + 2 * j + 1], sum));
-    }
+    for (int j = 0; j < 4; ++j) x[4 * i + j] = pairs[j];
   }
+#pragma unroll
+  for (int i = 0; i < 32; ++i) sum = fmaf(value(i), value(i), sum);
   sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
-  const float rstd = 1.f / sqrtf(sum / kWidth + before.eps);
-  const int64_t turn = token % before.rows * (kWidth / 2) + 2 * quarter;
+  const float rstd = 1.f / sqrtf(sum / kWidth + eps);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const float2 c = __ldg(reinterpret_cast<const float2*>(before.cos + turn + 8 * j));
-    const float2 s = __ldg(reinterpret_cast<const float2*>(before.sin + turn + 8 * j));
-    const float2 low = __ldg(reinterpret_cast<const float2*>(before.weight + 8 * j + 2 * quarter));
-    const float2 high = __ldg(reinterpret_cast<const float2*>(before.weight + 8 * j + 2 * quarter + 64));
+    const auto pair = [&](const float* p) { return *reinterpret_cast<const float2*>(p + 8 * j + 2 * quarter); };
+    const float2 c = pair(turns.cos[row]), s = pair(turns.sin[row]), low = pair(turns.weight), high = pair(turns.weight + 64);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float &a = g[2 * j + i], &b = g[2 * j + 16 + i];
+      float &a = g[2 * j + i], &b = g[2 * j + 16 + i], &da = dweight[2 * j + i], &db = dweight[2 * j + 16 + i];
       const float cosine = i ? c.y : c.x, sine = i ? s.y : s.x, u = fmaf(a, cosine, b * sine), v = fmaf(b, cosine, -a * sine);
-      x[2 * j + i] *= rstd, x[2 * j + 16 + i] *= rstd;
-      dweight[2 * j + i] = fmaf(u, x[2 * j + i], dweight[2 * j + i]);
-      dweight[2 * j + 16 + i] = fmaf(v, x[2 * j + 16 + i], dweight[2 * j + 16 + i]);
+      const float xa = value(2 * j + i) * rstd, xb = value(2 * j + 16 + i) * rstd;
+      da = fmaf(u, xa, da), db = fmaf(v, xb, db);
       a = u * (i ? low.y : low.x), b = v * (i ? high.y : high.x);
-      dot = fmaf(a, x[2 * j + i], fmaf(b, x[2 * j + 16 + i], dot));
+      dot = fmaf(a, xa, fmaf(b, xb, dot));
     }
   }
   dot += __shfl_xor_sync(~0u, dot, 1), dot += __shfl_xor_sync(~0u, dot, 2);
   const float mean = dot / kWidth;
 #pragma unroll
-  for (int j = 0; j < 32; ++j) g[j] = rstd * (g[j] - x[j] * mean);
+  for (int i = 0; i < 32; ++i) g[i] = rstd * (g[i] - value(i) * rstd * mean);
 }
 
-// A gradient from its sums, which lie as the threads of a warpgroup held them. A CTA has 64 tokens of a head.
+// A gradient from its sums, which lie as the threads of a warpgroup held them: of a thread's two rows, the first 128 threads here
+// have the first and the others the second. A CTA has 64 tokens and up to kFinishHeads heads, which share cosines and sines.
 template <bool PROLOGUE>
-__global__ void __launch_bounds__(128, 3) finish_kernel(const __grid_constant__ AttentionBackward a, const float* sums, int heads,
+__global__ void __launch_bounds__(256, 2) finish_kernel(const __grid_constant__ AttentionBackward a, const float* sums, int heads,
                                                      const __grid_constant__ Heads grad, const __grid_constant__ NormRope before) {
-  const int tile = blockIdx.x / 2, head = blockIdx.y, s = sequence_at(a, tile), thread = threadIdx.x, quarter = thread % 4;
+  __shared__ Turns turns;
+  const int tile = blockIdx.x / 2, block = blockIdx.x % 2, s = sequence_at(a, tile), half = threadIdx.x / 128;
+  const int thread = threadIdx.x % 128, quarter = thread % 4, row = thread / 32 * 16 + thread % 32 / 4 + 8 * half;
   const Sequence q = sequence(a, s);
-  const int top = (tile - first_tile(a, s)) * kKeys + blockIdx.x % 2 * 64, first_row = top + thread / 32 * 16 + thread % 32 / 4;
-  const int64_t place = (int64_t(tile) * heads + head) * 2 + blockIdx.x % 2;
-  if (PROLOGUE && top >= q.length) before.dweight[place * kWidth + thread] = 0;
-  if (top >= q.length) return;
-  const float* const from = sums + place * 64 * kWidth + thread * 4;
+  const int top = (tile - first_tile(a, s)) * kKeys + block * 64;
+  float* const share = PROLOGUE ? before.dweight + ((int64_t(tile) * gridDim.y + blockIdx.y) * 2 + block) * kWidth : nullptr;
+  if (top >= q.length) {
+    if (PROLOGUE && half == 0) share[thread] = 0;
+    return;
+  }
+  const int last = q.length - 1 - top;  // rows beyond the sequence read the last one's x, to no effect
+  if constexpr (PROLOGUE) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < 64 * 16; i += 256) {
+      const int64_t from = (q.row + top + min(i / 16, last)) % before.rows * (kWidth / 2) + i % 16 * 4;
+      *reinterpret_cast<uint4*>(&turns.cos[i / 16][i % 16 * 4]) = load16(before.cos + from);
+      *reinterpret_cast<uint4*>(&turns.sin[i / 16][i % 16 * 4]) = load16(before.sin + from);
+    }
+    if (half == 0) turns.weight[thread] = before.weight[thread];
+    __syncthreads();
+  }
   float dweight[32] = {};
+  const bool live = row <= last;
+  const int first = blockIdx.y * kFinishHeads;
 #pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    const int row = first_row + 8 * half, there = min(row, q.length - 1);
-    const bool live = row < q.length;
+  for (int head = first; head < min(first + kFinishHeads, heads); ++head) {
+    asm volatile("" ::: "memory");  // or all that is shared is kept in registers, which are spilled
+    const float* const from = sums + ((int64_t(tile) * heads + head) * 2 + block) * 64 * kWidth + thread * 4 + 2 * half;
     float g[32];
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-      const float2 y = *reinterpret_cast<const float2*>(from + j * 512 + 2 * half);
+      const float2 y = __ldg(reinterpret_cast<const float2*>(from + j * 512));
       g[2 * j] = live ? y.x * a.scale : 0, g[2 * j + 1] = live ? y.y * a.scale : 0;
     }
-    if constexpr (PROLOGUE) {  // a row beyond the sequence reads the last one's x, to no effect
-      const auto* const data = static_cast<const __nv_bfloat16*>(before.x.data) + q.batch * before.x.batch +
-                               (q.first_token + there) * before.x.token + head * before.x.head;
-      norm_rope_backward(g, before, data, q.row + there, quarter, dweight);
+    if constexpr (PROLOGUE) {
+      const auto* const x = static_cast<const __nv_bfloat16*>(before.x.data) + q.batch * before.x.batch +
+                            (q.first_token + top + min(row, last)) * before.x.token + head * before.x.head;
+      norm_rope_backward(g, turns, row, x, before.eps, quarter, dweight);
     }
-    write_row(g, static_cast<__nv_bfloat16*>(grad.data) + (q.row + row) * grad.token + head * grad.head, quarter, live);
+    write_row(g, static_cast<__nv_bfloat16*>(grad.data) + (q.row + top + row) * grad.token + head * grad.head, quarter, live);
   }
   if constexpr (PROLOGUE) {  // over the rows: of a warp by exchange, of the warps in their order
-    __shared__ float share[4][kWidth];
+    __shared__ float shares[8][kWidth];
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) dweight[j] += __shfl_xor_sync(~0u, dweight[j], step);
-      if (thread % 32 < 4) share[thread / 32][j / 2 * 8 + 2 * quarter + j % 2] = dweight[j];
+      if (thread % 32 < 4) shares[threadIdx.x / 32][j / 2 * 8 + 2 * quarter + j % 2] = dweight[j];
     }
     __syncthreads();
-    before.dweight[place * kWidth + thread] = share[0][thread] + share[1][thread] + share[2][thread] + share[3][thread];
+    if (half == 1) return;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += shares[i][thread];
+    share[thread] = sum;
   }
 }
 
@@ -512,7 +540,7 @@ template <bool CAUSAL> void launch(const AttentionBackward& a, cudaStream_t stre
       heads_map(a, a.q, a.q_heads, kQueries), heads_map(a, a.k, a.k_heads, kKeys), heads_map(a, a.v, a.k_heads, kKeys),
       heads_map(a, a.dout, a.q_heads, kQueries), a, a.scale * kLog2e, sms);
   const auto finish = [&](auto kernel, const float* sums, int64_t heads, const Heads& grad, const NormRope& before) {
-    kernel<<<dim3(unsigned(2 * tiles), unsigned(heads)), 128, 0, stream>>>(a, sums, int(heads), grad, before);
+    kernel<<<dim3(unsigned(2 * tiles), unsigned(attention_backward_shares(1, heads) / 2)), 256, 0, stream>>>(a, sums, int(heads), grad, before);
   };
   if (a.prologue == nullptr) {
     finish(finish_kernel<false>, a.dq_sum, a.q_heads, a.dq, {});
@@ -527,6 +555,10 @@ template <bool CAUSAL> void launch(const AttentionBackward& a, cudaStream_t stre
 
 int64_t attention_backward_tiles(bool packed, int64_t sequences, int64_t length) {
   return packed ? length / kKeys + sequences : (length + kKeys - 1) / kKeys * sequences;
+}
+
+int64_t attention_backward_shares(int64_t tiles, int64_t heads) {
+  return 2 * tiles * ((heads + kFinishHeads - 1) / kFinishHeads);
 }
 
 void attention_backward(const AttentionBackward& a, uintptr_t stream) {

@@ -66,7 +66,7 @@ def _backward(grads, dout, q, k, v, out, lse, cu_seqlens, causal, scale, prologu
     tiles = core.attention_backward_tiles(cu_seqlens is not None, sequences, q.shape[-3])
     sums = [empty(tiles * t.shape[-2], TILE * q.shape[-1]) for t in ((q, k) if prologue else (q,))]
     rows, counters = empty(2, tiles * q.shape[-2], TILE), empty(2 * tiles * q.shape[-2] + 1, dtype=torch.int32)
-    shares = [empty(2 * s.shape[0], q.shape[-1]) for s in sums] if prologue else []
+    shares = [empty(core.attention_backward_shares(tiles, t.shape[-2]), q.shape[-1]) for t in ((q, k) if prologue else ())]
     before = [
         (heads(raw), weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[0], eps, share.data_ptr())
         for (raw, weight, cos, sin, eps), share in zip(prologue, shares)
