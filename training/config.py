@@ -72,6 +72,7 @@ class Config:
         for name in ("weight_decay", "z_loss", "router_z_loss", "eval_batches", "seed", "spike_sigma"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        require(0 <= self.warmup <= self.steps, "warmup", self.warmup, f"0 to steps = {self.steps}")
         require(0 <= self.decay <= 1, "decay", self.decay, "a share in [0, 1]")
         require(self.rows % self.micros == 0, "rows", self.rows, f"a multiple of micros = {self.micros}")
         for name, known in (

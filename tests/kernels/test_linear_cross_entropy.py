@@ -3,7 +3,9 @@ import torch
 from common import DEVICE, check_error_rule, check_repeatable, parametrize_dtype, randn
 
 from qwen3_kernels import dispatch, linear_cross_entropy, selfcheck
-from qwen3_kernels.ops.linear_cross_entropy import linear_cross_entropy_ref
+from qwen3_kernels.ops.linear_cross_entropy import (
+    CHUNK_BYTES, MAX_ROUNDED_CHUNKS, default_chunk, linear_cross_entropy_ref,
+)
 
 OP = "linear_cross_entropy"
 # Not Triton on its interpreter: its part here is cross_entropy's, tested there, and this would take minutes.
@@ -315,3 +317,25 @@ def test_bad_input(change, error, words):
     args = {n: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for n, t in (GOOD | change).items()}
     with pytest.raises(error, match=words):
         linear_cross_entropy(**args)
+
+
+V = 151_936
+
+
+@pytest.mark.parametrize(
+    "N, H, tokens",
+    [
+        (100, 1024, 256), (8192, 1024, 2048), (8193, 1024, 2304),  # four chunks without a float32 gradient
+        (16384, 2048, 4096), (32768, 2048, 8192),  # where they take no more memory than chunks with one
+        (32768, 1024, 4096), (65536, 4096, 4096),  # where they would: chunks of twice the bytes, in float32
+    ],
+)
+def test_default_chunk_on_a_gpu(N, H, tokens):
+    got = default_chunk(N, V, H, torch.bfloat16, cuda=True)
+    assert got == tokens
+    summed = 4 * V * H if N > MAX_ROUNDED_CHUNKS * got else 0
+    assert summed + 2 * V * got <= 2 * CHUNK_BYTES + 4 * V * H
+
+
+def test_default_chunk_of_float32_is_bounded_alone():
+    assert all(default_chunk(n, V, 64, torch.float32, cuda=True) * V * 4 <= CHUNK_BYTES for n in (1, 5000, 100_000))

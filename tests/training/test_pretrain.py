@@ -259,7 +259,7 @@ def test_command_line(make_config, trainer_command, capsys):
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected one of"),
         ({"optimizer_states": "int8"}, "optimizer_states is 'int8'"),
         ({"recompute": "some"}, "recompute is 'some'; expected one of"),
-        ({"schedule": "step"}, "schedule is 'step'"), ({"warmup": 13}, "warmup 13"), ({"decay": 1.5}, "decay is 1.5"),
+        ({"schedule": "step"}, "schedule is 'step'"), ({"warmup": 13}, "warmup is 13; expected 0 to steps = 12"), ({"decay": 1.5}, "decay is 1.5"),
         ({"router_z_loss": -1e-3}, "router_z_loss is -0.001"),
         ({"lr_floor": 2.0}, "floor 2.0"), ({"betas": (0.9, 1.0)}, "betas is"), ({"max_grad_norm": 0}, "max_grad_norm is 0"),
     ],
