@@ -68,6 +68,14 @@ PYBIND11_MODULE(_cuda, m) {
                      uintptr_t stream) {
     cuda::moe_up(plan(p), d, i, rows(x), experts(gate_up), rows(h), rows(a), stream);
   });
+  m.def("swiglu_up", [](int64_t n, int64_t d, int64_t i, TensorArg x, TensorArg gate, TensorArg up, TensorArg h, TensorArg a,
+                        uintptr_t stream) {
+    cuda::swiglu_up(n, d, i, rows(x), rows(gate), rows(up), rows(h), rows(a), stream);
+  });
+  m.def("swiglu_down_backward", [](int64_t n, int64_t d, int64_t i, TensorArg dy, TensorArg down, TensorArg h, TensorArg dh,
+                                   TensorArg a, uintptr_t stream) {
+    cuda::swiglu_down_backward(n, d, i, rows(dy), rows(down), rows(h), rows(dh), rows(a), stream);
+  });
   m.def("moe_down", [](PlanArg p, int64_t d, int64_t i, TensorArg a, ExpertsArg down, TensorArg y, uintptr_t stream) {
     cuda::moe_down(plan(p), d, i, rows(a), experts(down), rows(y), stream);
   });

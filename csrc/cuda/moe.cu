@@ -51,6 +51,7 @@ struct Gemm {
   const int32_t *offsets, *slot;
   const int32_t* index;  // row r of the own operand is row index[r] in memory, where it is gathered
   int experts, depth;    // depth: length of the contraction (unused by the weight gradients)
+  int rows;              // of a dense block
   int columns;           // width of the result (of a half in up); weight gradients: of the shared operand
   int own_columns;       // weight gradients: width of the own operand
   Rows own, shared;      // what cp.async reads
@@ -74,7 +75,7 @@ __device__ inline int tiles_of(int size, int tile) { return (size + tile - 1) / 
 // The tiles of this CTA's cluster. The columns of a pair of row tiles come one after another, so that what is in flight
 // at a time are whole experts. Of an odd row tile, each CTA takes every second column and loads all it needs itself.
 // WARPS: whole warps walk together.
-template <Task TASK, bool WARPS = false> class Walk {
+template <Task TASK, bool DENSE, bool WARPS = false> class Walk {
  public:
   __device__ Walk(const Gemm& g, int rank) : g_(g), rank_(rank), item_(blockIdx.x / 2) {}
 
@@ -90,26 +91,31 @@ template <Task TASK, bool WARPS = false> class Walk {
         item_ += gridDim.x / 2;
         return true;
       }
+    } else if constexpr (DENSE) {
+      return within(0, 0, known(g_.rows), columns, t);
     } else {
-      for (; expert_ < g_.experts; ++expert_) {
-        const int begin = known(__ldg(g_.offsets + expert_)), end = known(__ldg(g_.offsets + expert_ + 1));
-        const int row_tiles = tiles_of(end - begin, kOwn);
-        const int pairs = row_tiles / 2 * columns, single = row_tiles % 2 * tiles_of(columns, 2), i = item_ - before_;
-        if (i < pairs + single) {
-          const bool paired = i < pairs;
-          const int tile = paired ? i / columns * 2 + rank_ : row_tiles - 1;
-          const int column = paired ? i % columns : (i - pairs) * 2 + rank_;
-          t = {expert_, begin, end, begin + tile * kOwn, column * columns_of(TASK), paired};
-          item_ += gridDim.x / 2;
-          return true;
-        }
-        before_ += pairs + single;
-      }
+      for (; expert_ < g_.experts; ++expert_)
+        if (within(expert_, known(__ldg(g_.offsets + expert_)), known(__ldg(g_.offsets + expert_ + 1)), columns, t)) return true;
     }
     return false;
   }
 
  private:
+  // The next tile, if it is among those of this expert; else counts them.
+  __device__ bool within(int expert, int begin, int end, int columns, Tile& t) {
+    const int row_tiles = tiles_of(end - begin, kOwn);
+    const int pairs = row_tiles / 2 * columns, single = row_tiles % 2 * tiles_of(columns, 2), i = item_ - before_;
+    if (i >= pairs + single) {
+      before_ += pairs + single;
+      return false;
+    }
+    const bool paired = i < pairs;
+    const int tile = paired ? i / columns * 2 + rank_ : row_tiles - 1;
+    const int column = paired ? i % columns : (i - pairs) * 2 + rank_;
+    t = {expert, begin, end, begin + tile * kOwn, column * columns_of(TASK), paired};
+    item_ += gridDim.x / 2;
+    return true;
+  }
   static __device__ int known(int x) { return WARPS ? uniform(x) : x; }
   const Gemm& g_;
   const int rank_;
@@ -479,8 +485,9 @@ template <Task TASK, bool DENSE> class Deferred {
 template <Task TASK, class Out, bool DENSE>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap own_map, const __grid_constant__ CUtensorMap shared_map,
-                const __grid_constant__ Gemm g) {
+                const __grid_constant__ CUtensorMap second_map, const __grid_constant__ Gemm g) {
   constexpr bool kGathered = is_gathered(TASK) && !DENSE, kGradient = is_gradient(TASK);
+  constexpr bool kTwoMaps = DENSE && TASK == Task::up;  // gate and up are tensors of their own
   constexpr bool kDeferred = sizeof(Out) == 2;  // 3 to 25 % faster than at once, where products stand still meanwhile
   // Where own rows come by TMA the loader needs 56, but for what down_backward multiplies with.
   constexpr int kRegisters = kDeferred && (kGathered || TASK == Task::up_backward || TASK == Task::down_backward) ? 232 : 224;
@@ -495,6 +502,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     if (!kGathered) tma_prefetch_map(&own_map);
     tma_prefetch_map(&shared_map);
+    if (kTwoMaps) tma_prefetch_map(&second_map);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(full + i, kGathered ? 129 : 1);
       barrier_init(empty + i, 2 * kConsumers);
@@ -506,30 +514,31 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   if (threadIdx.x < 128) {
     registers_release<kLoaderRegisters>();
     const uint32_t rank = cluster_rank();
-    Walk<TASK> walk(g, rank);
+    Walk<TASK, DENSE> walk(g, rank);
     Tile t{};
     Turn turn;
-    const auto load_shared_half = [&](int half, int k, auto load) {  // load: of a box, at (x, y, z)
+    const auto load_shared_half = [&](int half, int k, auto load) {  // load: of a box of a map, at (x, y, z)
+      const CUtensorMap* const map = kTwoMaps && half ? &second_map : &shared_map;
       if constexpr (is_transposed(TASK)) {
         for (int slab = 2 * half; slab < 2 * half + 2; ++slab)
-          load(shared_tile(turn.stage()) + slab * kSlab, t.column + 64 * slab, (kGradient ? t.begin : 0) + k * kStep,
+          load(map, shared_tile(turn.stage()) + slab * kSlab, t.column + 64 * slab, (kGradient ? t.begin : 0) + k * kStep,
                kGradient ? 0 : t.expert);
       } else {
-        load(shared_tile(turn.stage()) + half * (kSharedBytes / 2), k * kStep,
-             t.column + half * (TASK == Task::up ? g.columns : kShared / 2), t.expert);
+        load(map, shared_tile(turn.stage()) + half * (kSharedBytes / 2), k * kStep,
+             t.column + (kTwoMaps ? 0 : half * (TASK == Task::up ? g.columns : kShared / 2)), t.expert);
       }
     };
     const auto load_by_tma = [&](int k) {
       barrier_expect_bytes(full + turn.stage(), kSharedBytes + (kGathered ? 0 : kOwnBytes));
       if (!kGathered) tma_load(own_tile(turn.stage()), &own_map, full + turn.stage(), k * kStep, t.own, 0);
       if (t.paired) {
-        load_shared_half(rank, k, [&](uint8_t* dst, int x, int y, int z) {
-          tma_load_multicast(dst, &shared_map, full + turn.stage(), x, y, z, 3);
+        load_shared_half(rank, k, [&](const CUtensorMap* map, uint8_t* dst, int x, int y, int z) {
+          tma_load_multicast(dst, map, full + turn.stage(), x, y, z, 3);
         });
       } else {
         for (int half = 0; half < 2; ++half) {
-          load_shared_half(half, k, [&](uint8_t* dst, int x, int y, int z) {
-            tma_load(dst, &shared_map, full + turn.stage(), x, y, z);
+          load_shared_half(half, k, [&](const CUtensorMap* map, uint8_t* dst, int x, int y, int z) {
+            tma_load(dst, map, full + turn.stage(), x, y, z);
           });
         }
       }
@@ -585,7 +594,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     }
   } else {
     registers_take<kRegisters>();
-    Walk<TASK, true> walk(g, cluster_rank());
+    Walk<TASK, DENSE, true> walk(g, cluster_rank());
     Tile t{};
     Turn turn;
     const int consumer = uniform(threadIdx.x / 128 - 1), warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, q = lane % 4;
@@ -717,7 +726,7 @@ void check_width(const char* name, int64_t width) {
 }
 
 template <Task TASK, class Out = bf16, bool DENSE = false>
-void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream) {
+void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream, const CUtensorMap& second = {}) {
   constexpr auto kernel = gemm_kernel<TASK, Out, DENSE>;
   static const int sms = [] {
     int device = 0, count = 0;
@@ -726,7 +735,7 @@ void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, ui
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
     return count;
   }();
-  kernel<<<sms / 2 * 2, kThreads, kSharedMemory, reinterpret_cast<cudaStream_t>(stream)>>>(own, shared, g);
+  kernel<<<sms / 2 * 2, kThreads, kSharedMemory, reinterpret_cast<cudaStream_t>(stream)>>>(own, shared, second, g);
   check(cudaGetLastError());
 }
 
@@ -753,9 +762,7 @@ void moe_up(const MoePlan& p, int64_t d, int64_t i, Rows x, Experts gate_up, Row
   Gemm g = rows_gemm(p, d, i, h);
   if (p.rows == 0) return;
   g.index = p.token, g.own = x, g.second = a;
-  const CUtensorMap shared = map_of(gate_up, p.experts, 2 * i, d, kShared / 2);
-  if (p.token == nullptr) launch<Task::up, bf16, true>(map_of(x, p.rows, d, kOwn), shared, g, stream);
-  else launch<Task::up>({}, shared, g, stream);
+  launch<Task::up>({}, map_of(gate_up, p.experts, 2 * i, d, kShared / 2), g, stream);
 }
 
 void moe_down(const MoePlan& p, int64_t d, int64_t i, Rows a, Experts down, Rows y, uintptr_t stream) {
@@ -770,12 +777,25 @@ void moe_down_backward(const MoePlan& p, int64_t d, int64_t i, Rows grad, Expert
   if (p.rows == 0) return;
   if (h.stride != dh.stride) throw std::invalid_argument("moe: h and its gradient have rows of different strides");
   g.index = p.token, g.own = grad, g.h = h, g.second = scaled, g.weights = weights, g.partial = partial;
-  const CUtensorMap shared = map_of(down, p.experts, d, i, kStep);
-  if (p.token == nullptr) return launch<Task::down_backward, bf16, true>(map_of(grad, p.rows, d, kOwn), shared, g, stream);
-  launch<Task::down_backward>({}, shared, g, stream);
+  launch<Task::down_backward>({}, map_of(down, p.experts, d, i, kStep), g, stream);
   sum_partials<<<unsigned((p.rows + 255) / 256), 256, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
       p, int(moe_partials(1, i)), partial, dweights);
   check(cudaGetLastError());
+}
+
+void swiglu_up(int64_t n, int64_t d, int64_t i, Rows x, Rows gate, Rows up, Rows h, Rows a, uintptr_t stream) {
+  Gemm g = rows_gemm({1, n}, d, i, h);
+  if (n == 0) return;
+  g.rows = int(n), g.second = a;
+  launch<Task::up, bf16, true>(map_of(x, n, d, kOwn), map_of(gate, i, d, kShared / 2), g, stream, map_of(up, i, d, kShared / 2));
+}
+
+void swiglu_down_backward(int64_t n, int64_t d, int64_t i, Rows dy, Rows down, Rows h, Rows dh, Rows a, uintptr_t stream) {
+  Gemm g = rows_gemm({1, n}, d, i, dh);
+  if (n == 0) return;
+  if (h.stride != dh.stride) throw std::invalid_argument("swiglu_mlp: h and its gradient have rows of different strides");
+  g.rows = int(n), g.h = h, g.second = a;
+  launch<Task::down_backward, bf16, true>(map_of(dy, n, d, kOwn), map_of(down, d, i, kStep), g, stream);
 }
 
 int64_t moe_partials(int64_t rows, int64_t i) {

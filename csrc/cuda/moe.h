@@ -9,9 +9,8 @@ namespace qwen3::cuda {
 struct MoePlan {
   int64_t experts, rows;
   const int32_t* offsets;  // [experts + 1] first row of each expert
-  const int32_t* token;    // [rows] the token of a row; null, in moe_up and moe_down_backward alone, for a dense block: one
-                           // expert, whose row r is token r
-  const int32_t* slot;     // [rows] token * k + choice; not read in a dense block
+  const int32_t* token;    // [rows] the token of a row
+  const int32_t* slot;     // [rows] token * k + choice
 };
 
 // Element (e, r, c) is data[e * expert + r * row + c].
@@ -29,8 +28,7 @@ void moe_up(const MoePlan&, int64_t d, int64_t i, Rows x, Experts gate_up, Rows 
 void moe_down(const MoePlan&, int64_t d, int64_t i, Rows a, Experts down, Rows y, uintptr_t stream);
 
 // With da = grad[token] @ down[e] and s = weights[slot]: dweights[slot] = sum(da * a) along a row (0 without expert),
-// dh = the gradient of h when a's is s * da, scaled = s * a. partial: moe_partials(rows, i) floats. In a dense block s is 1, and
-// weights, dweights and partial are not used.
+// dh = the gradient of h when a's is s * da, scaled = s * a. partial: moe_partials(rows, i) floats.
 void moe_down_backward(const MoePlan&, int64_t d, int64_t i, Rows grad, Experts down, Rows h, const float* weights,
                        float* dweights, Rows dh, Rows scaled, float* partial, uintptr_t stream);
 int64_t moe_partials(int64_t rows, int64_t i);
@@ -47,5 +45,12 @@ void moe_weight_grad(const MoePlan&, int64_t left_width, Rows left, int64_t righ
 // null
 void moe_combine(const MoePlan&, int64_t tokens, int64_t k, int64_t d, Rows y, const int32_t* inverse,
                  const float* weights, Rows out, uintptr_t stream);
+
+// A dense feed-forward block's. h [n, 2 i] = (x @ gate^T, x @ up^T), a [n, i] = silu(h's first half) * the second;
+// gate, up [i, d]
+void swiglu_up(int64_t n, int64_t d, int64_t i, Rows x, Rows gate, Rows up, Rows h, Rows a, uintptr_t stream);
+
+// dh [n, 2 i] = the gradient of h when a's is dy @ down, and a again; down [d, i]
+void swiglu_down_backward(int64_t n, int64_t d, int64_t i, Rows dy, Rows down, Rows h, Rows dh, Rows a, uintptr_t stream);
 
 }  // namespace qwen3::cuda

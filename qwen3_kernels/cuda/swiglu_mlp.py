@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 
 from .. import _cuda as core
-from ..cpu._core import DTYPE_CODES, rows
+from ..cpu._core import rows
 from . import moe_experts
 from .attention import aligned
 
 DTYPES, CAPABILITY = moe_experts.DTYPES, moe_experts.CAPABILITY
 
 
-def up(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """x [N, D], gate_up [2I, D] -> (h [N, 2I], silu(gate) · up [N, I])"""
-    N, I = x.shape[0], gate_up.shape[0] // 2
-    x, h, a = aligned(x), x.new_empty(N, 2 * I), x.new_empty(N, I)
-    _call(core.moe_up, x, I, rows(x), _weight(gate_up), rows(h), rows(a))
+def up(x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, D], gate, up [I, D] -> (h [N, 2I], silu(x gate^T) · (x up^T) [N, I])"""
+    N, I = x.shape[0], gate.shape[0]
+    x, gate, up = map(aligned, (x, gate, up))
+    h, a = x.new_empty(N, 2 * I), x.new_empty(N, I)
+    _call(core.swiglu_up, x, I, x, gate, up, h, a)
     return h, a
 
 
@@ -25,16 +26,10 @@ def down_backward(dy: Tensor, down: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """dy [N, D], down [D, I], h [N, 2I] -> (dh [N, 2I], silu(gate) · up [N, I])"""
     dy, down = aligned(dy), aligned(down)
     dh, a = torch.empty_like(h), h.new_empty(h.shape[0], h.shape[1] // 2)
-    _call(core.moe_down_backward, dy, a.shape[1], rows(dy), _weight(down), rows(h), 0, 0, rows(dh), rows(a), 0)
+    _call(core.swiglu_down_backward, dy, a.shape[1], dy, down, h, dh, a)
     return dh, a
 
 
-def _call(function, x: Tensor, width: int, *arguments) -> None:
-    N, D = x.shape
-    offsets = torch.arange(0, 2 * N, N, dtype=torch.int32, device=x.device)  # of one expert
+def _call(function, x: Tensor, width: int, *tensors: Tensor) -> None:
     with torch.cuda.device(x.device):
-        function((1, N, offsets.data_ptr(), 0, 0), D, width, *arguments, torch.cuda.current_stream().cuda_stream)
-
-
-def _weight(w: Tensor) -> tuple[int, int, int, int]:
-    return w.data_ptr(), DTYPE_CODES[w.dtype], w.numel(), w.stride(0)
+        function(*x.shape, width, *map(rows, tensors), torch.cuda.current_stream().cuda_stream)

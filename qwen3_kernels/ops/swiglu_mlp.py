@@ -62,14 +62,14 @@ def fuses(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
 
 
 @torch.library.custom_op("qwen3::swiglu_mlp_up", mutates_args=())
-def _up(x_ND: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """(x gate_up^T [N, 2I], SwiGLU of it [N, I])"""
-    return dispatch.backend("swiglu_mlp", "cuda").up(x_ND, gate_up)
+def _up(x_ND: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(x gate^T beside x up^T [N, 2I], SwiGLU of it [N, I])"""
+    return dispatch.backend("swiglu_mlp", "cuda").up(x_ND, gate, up)
 
 
 @_up.register_fake
-def _(x_ND, gate_up):
-    N, I = x_ND.shape[0], gate_up.shape[0] // 2
+def _(x_ND, gate, up):
+    N, I = x_ND.shape[0], gate.shape[0]
     return x_ND.new_empty(N, 2 * I), x_ND.new_empty(N, I)
 
 
@@ -87,7 +87,7 @@ def _(dy_ND, down, h):
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, up, down):
-        h, a = _up(x.reshape(-1, x.shape[-1]), torch.cat((gate, up)))
+        h, a = _up(x.reshape(-1, x.shape[-1]), gate, up)
         ctx.save_for_backward(x, gate, up, down, h)
         return (a @ down.mT).view(x.shape)
 
