@@ -24,6 +24,12 @@ COMMON = dict(
 )
 
 
+@pytest.fixture(autouse=True)
+def _own_precision(monkeypatch):
+    """transformers 4.57 leaves the precision of one trainer in the environment, where the next one finds it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
