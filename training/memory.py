@@ -223,7 +223,8 @@ class _Step:
         acting = A * F * ((16 if b == 4 else 30) if cpu else 3 * b)
         summing = A * (2 * F + D) * b + (8 * D if cpu else D * b)
         inputs = D * b * (2 if policy == "norm+swiglu" else 1)
-        return again + self.N * (inputs + max(acting, summing)) + 2 * E * D * F * b
+        gradients = (3 if self.sums else 2) * E * D * F * b  # down's, too, where it is to be added to a sum
+        return again + self.N * (inputs + max(acting, summing)) + gradients
 
     def loss(self) -> int:
         """Within the loss: a chunk's logits and their gradient, and the sum of the head's."""
