@@ -309,7 +309,8 @@ class _Step:
             copies += self.b < 4 and not self.masters
             work, piece = 11 if copies else 0, PIECE
             if muon:
-                short, long = sorted(p.shape[-2:])
+                halves = 2 if "gate_up_proj" in name else 1  # which are orthogonalised apart
+                short, long = sorted((p.shape[-2] // halves, p.shape[-1]))
                 e = 4 if self.device == "cpu" else 2  # bytes in the iteration, see optim.orthogonalised
                 work, piece = max(work, 10, 4 + 2 * e + 2 * e * short // long), max(PIECE, short * long)
             sizes.append(min(p.numel(), piece) * (4 * copies + 4 * (self.g < 4) + work))

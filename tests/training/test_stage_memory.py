@@ -114,7 +114,7 @@ def test_peak_of_a_real_update(made, stage, model, changes, moment):
     bounds = ("sampling", "merging the adapters")  # not of an update
     estimate = max((e for e in step.moments() if e.moment not in bounds), key=lambda e: e.total)
     assert estimate.moment == moment, "each moment is tested where it is the peak"
-    assert estimate.total == pytest.approx(measured(step), rel=0.05)
+    assert estimate.total == pytest.approx(measured(step), rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,7 +126,7 @@ def test_peak_of_a_loss_in_many_chunks(made, stage, dtype, monkeypatch):
     step = made(stage, "short", dtype=dtype, tokens_per_pack=1344, rows=14, groups=7, optimizer_states="bfloat16")
     training = [e for e in step.moments() if e.moment != "sampling"]
     assert max(training, key=lambda e: e.total).moment in ("loss", "backward of the loss") and step.total(256) == (dtype == "bfloat16") * 4 * step.head
-    assert max(e.total for e in training) == pytest.approx(measured(step), rel=0.05)
+    assert max(e.total for e in training) == pytest.approx(measured(step), rel=0.02)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -161,7 +161,7 @@ def test_rollouts_are_what_a_static_roller_keeps(made, model):
     roller = StaticRoller(qwen, slots=6, max_len=97, stop_ids=(0,), capture=False)
     tensors = [t for t in (*vars(roller).values(), roller.cache.k, roller.cache.v) if type(t) is torch.Tensor]
     logits = 6 * m.vocab_size * 4
-    assert step.rollouts() - logits == pytest.approx(sum(t.nbytes for t in tensors), rel=0.01)
+    assert step.rollouts() - logits == pytest.approx(sum(t.nbytes for t in tensors), rel=0.002)
 
 
 @pytest.mark.parametrize("model", ["tied", "wide", "experts"])
@@ -224,7 +224,7 @@ def large(name, config):
     return kind(config, Qwen3Config.from_name(name), "cuda")
 
 
-@pytest.mark.parametrize("room", [60, 40, 25, 12])
+@pytest.mark.parametrize("room", [40, 12])
 def test_advice_fits_is_minimal_and_in_order(made, room):
     changes = {"dtype": "bfloat16", "device": "cuda", "tokens_per_pack": 16384, "groups": 32, "max_tokens": 2048, "slots": 256}
     step = large("Qwen3-1.7B", made("rl", "tied", **changes).config)
