@@ -1,4 +1,5 @@
-"""Peak memory of post-training, predicted as in `memory`: ``python -m training.stage_memory rl`` and the flags of ``training.rl``.
+"""Peak memory of post-training, predicted as in `memory`: ``python -m training.stage_memory sft``, ``rl`` or ``distill``,
+and the flags of that stage.
 
 A stage trains on packs. Predicted is a pack that is full (``tokens_per_pack``, or all that an update can have) and of
 which every token is trained: shorter conversations and long prompts take less. Where an update may need several packs,
@@ -100,8 +101,8 @@ class FineTuning(_Step):
         m, b, policy = self.model, self.b, self.config.recompute
         if not self.r or not m.is_moe_layer(i):
             return super().flight(i)
-        # In `moe_lora` SwiGLU's backward is in float32 and plain torch. Its parts, which begin with copies of gate and up
-        # if those are not in float32, stay while the layer's input gets its gradient.
+        # In `moe_lora` SwiGLU's backward is in float32 and plain torch. Its parts, with copies of gate and up if those
+        # are not in float32, stay while the layer's input gets its gradient.
         again = self.layer(i, "none") if policy == "full" else 0
         D, A, F = m.hidden_size, m.num_experts_per_tok, m.moe_intermediate_size
         own = sum(p.numel() for n, p in self.shapes.items() if n.startswith(f"model.layers.{i}.mlp"))
@@ -157,8 +158,8 @@ class Reinforcement(FineTuning):
 
     def tables(self) -> int:
         """With the experts that are replayed, int16 and int64."""
-        replayed = 10 * self.model.num_experts_per_tok * self._sparse if getattr(self.config, "replay_routing", False) else 0
-        return super().tables() + self.N * replayed
+        replays = getattr(self.config, "replay_routing", False)
+        return super().tables() + self.N * (10 * self.model.num_experts_per_tok * self._sparse if replays else 0)
 
     @property
     def _sparse(self) -> int:
@@ -204,7 +205,8 @@ class Distillation(Reinforcement):
     def losses(self) -> Iterator[Estimate]:
         taught = self.N * self.teacher.hidden_size * self.b
         sums = self.g * self.count * self.sums
-        yield self.at("teacher", gradients=sums, activations=self.tables(), temporary=self.N * passing(self.teacher, self.b))
+        yield self.at("teacher", gradients=sums, activations=self.tables(),
+                      temporary=self.N * passing(self.teacher, self.b))
         yield self.at("loss", gradients=sums + self.b * self.head, activations=self.ready(),
                       temporary=taught + 2 * self.stream + max(self.divergence(), self.entropy()))
 

@@ -465,8 +465,8 @@ def apply(
     if "Qwen3MoeMLP" in patched.get("experts", ()):
         notes.append("experts: the activation of each; their matrix products are transformers'")
     if linear_cross_entropy and (version := _trl_that_reads_logits()):
-        notes.append(f"linear_cross_entropy: the SFTTrainer of trl {version} reads the logits in training where its loss_type is "
-                     "'nll', the default below 1.7; pass linear_cross_entropy=False for it")
+        notes.append(f"linear_cross_entropy: the SFTTrainer of trl {version} reads the logits in training where its "
+                     "loss_type is 'nll', the default below 1.7; pass linear_cross_entropy=False for it")
     if attention:
         _register_attention()
     if experts:

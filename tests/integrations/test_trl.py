@@ -191,7 +191,9 @@ def test_trl_after_its_trainer_is_made_is_refused(tmp_path):
     assert apply(model, linear_cross_entropy=False).patched["rms_norm"]["Qwen3RMSNorm"] == 9
 
 
-@pytest.mark.parametrize("version, noted", [("0.29.1", True), ("1.6.0", True), ("1.14.2", True), ("1.15.0.dev0", False), ("2.0", False)])
+@pytest.mark.parametrize(
+    "version, noted", [("0.29.1", True), ("1.6.0", True), ("1.14.2", True), ("1.15.0.dev0", False), ("2.0", False)]
+)
 def test_a_trl_that_reads_logits_is_noted(version, noted, monkeypatch):
     """What it does with the patch is a TypeError; seen with 1.6 and 1.14."""
     monkeypatch.setitem(sys.modules, "trl", types.SimpleNamespace(__version__=version))
