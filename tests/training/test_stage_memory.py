@@ -20,6 +20,7 @@ from training.losses import Divergence, cross_entropy
 from training.memory import allocated
 from training.optim import OPTIMIZERS, STATES, Optimizer
 from training.rl import RLConfig
+from training.rollout import Request
 from training.samples import Sample, packs
 from training.sft import SFTConfig
 from training.stage_memory import Distillation, FineTuning, Reinforcement, advice, passing
@@ -164,6 +165,22 @@ def test_rollouts_are_what_a_static_roller_keeps(made, model):
     tensors = [t for t in (*vars(roller).values(), roller.cache.k, roller.cache.v) if type(t) is torch.Tensor]
     logits = 6 * m.vocab_size * 4
     assert step.rollouts() - logits == pytest.approx(sum(t.nbytes for t in tensors), rel=0.002)
+
+
+@pytest.mark.parametrize("model", ["wide, few words", "experts, few words"])
+def test_sampling_is_bounded(made, model):
+    """All slots are filled with prompts as long as allowed, and drawn from."""
+    step = made("rl", model, slots=8)
+    qwen = Qwen3(SIZES[model]).init_weights(0)
+    roller = StaticRoller(qwen, slots=8, max_len=97, stop_ids=(99,), capture=False)
+    (estimate,) = (e for e in step.moments() if e.moment == "sampling")
+
+    def play():
+        return len(roller.run([Request(i, [i] * 32, i, 65) for i in range(8)]))
+
+    play()  # with the kernels' self-checks
+    roller.reset()
+    assert 0.5 * estimate.temporary < allocated(play)[1] <= 1.02 * estimate.temporary
 
 
 @pytest.mark.parametrize("model", ["tied", "wide", "experts"])
