@@ -8,6 +8,7 @@ flight) and the update. In between, layer by layer, activations make room for gr
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -176,6 +177,7 @@ class _Step:
     def weights(self) -> int:
         return self.b * self.count
 
+    @cached_property
     def optimizer(self) -> int:
         moment = 2 if self.config.optimizer_states == "bfloat16" else 4
         return sum(
@@ -262,8 +264,11 @@ class _Step:
         waiting = self.b * self.head if self.model.tie_word_embeddings else 0  # until the embedding has its own
         yield from self.losses()
         done = 0 if waiting else self.head  # elements of gradients
+        layers: dict[str, dict[str, int]] = defaultdict(dict)
+        for name, p in self.shapes.items():
+            layers[".".join(name.split(".")[:3])][name] = p.numel()
         for i in reversed(range(self.model.num_hidden_layers)):
-            own = {n: p.numel() for n, p in self.shapes.items() if n.startswith(f"model.layers.{i}.")}
+            own = layers[f"model.layers.{i}"]
             down = sum(size for n, size in own.items() if "down_proj" in n)
             yield self.at(f"backward of layer {i}", gradients=g * (count if sums else done + down) + waiting,
                           activations=self.kept(i + 1) + self.tables(), temporary=self.flight(i))
@@ -295,7 +300,7 @@ class _Step:
     def at(self, moment: str, **sizes: int) -> Estimate:
         if self.device == "cuda":
             sizes["temporary"] += WORKSPACES
-        return Estimate(moment, **{"weights": self.weights(), "optimizer": self.optimizer()} | sizes)
+        return Estimate(moment, **{"weights": self.weights(), "optimizer": self.optimizer} | sizes)
 
     def update(self) -> int:
         """Float32 copies of a piece of a parameter, what rounds them and what orthogonalises them. AdamW's kernel on
