@@ -18,6 +18,7 @@ from qwen3_model import load as model_io
 from qwen3_model.model import Qwen3
 from qwen3_model.tokenizer import Tokenizer
 
+from . import stage_memory
 from .config import DTYPES
 from .core import Run, command, train
 from .environment import file_sha256, weights_sha256
@@ -53,8 +54,9 @@ def teacher_data(
 
 def distill(config: DistillConfig, *, families: Mapping[str, Family] | None = None, quiet: bool = False) -> Path:
     """On-policy; runs or resumes and returns the folder of the finished student. Raises ValueError for a teacher of
-    another vocabulary; other errors as `core.train`."""
+    another vocabulary; other errors as `core.train` and `stage_memory.check`."""
     config = config.resolved()
+    stage_memory.check(stage_memory.Distillation, config)
     teacher = model_io.load(config.teacher, device=config.device, dtype=DTYPES[config.dtype]).requires_grad_(False)
     hashes = {file_sha256(folder / "tokenizer.json") for folder in (config.teacher, config.start)}
     if len(hashes) > 1:

@@ -134,7 +134,7 @@ def merged(model: Qwen3) -> Iterator[Qwen3]:
     bit."""
     found = list(_adapters(model))
     weights = [p for _, _, _, a in found for p in a.base.parameters()]
-    kept = [p.detach().clone() for p in weights]
+    kept = [p.detach().to("cpu", copy=True) for p in weights]  # a GPU may have no room for them twice
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield merge(model)

@@ -8,12 +8,13 @@ flight) and the update. In between, layer by layer, activations make room for gr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -42,13 +43,18 @@ class Estimate:
     gradients: int
     activations: int  # what is kept for the backward
     temporary: int
+    rollouts: int = 0  # where a stage samples: the KV cache, and what it drew
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
 
     @property
     def total(self) -> int:
-        return self.weights + self.optimizer + self.gradients + self.activations + self.temporary
+        return sum(self.sizes.values())
 
     def __str__(self) -> str:
-        parts = (f"{f.name} {gib(getattr(self, f.name))}" for f in dataclasses.fields(self)[1:])
+        parts = (f"{name} {gib(size)}" for name, size in self.sizes.items() if size or name != "rollouts")
         return f"{gib(self.total)} ({self.moment}: {', '.join(parts)})"
 
 
@@ -61,7 +67,7 @@ def predict(config: Config, model: Qwen3Config, device: str = "cuda") -> Estimat
 
     ``device``: "cuda" (bfloat16 on the compiled kernels) or "cpu".
     """
-    return max(_Step(config, model, device).moments(), key=lambda estimate: estimate.total)
+    return _Step(config, model, device).peak()
 
 
 def usable(total: int) -> int:
@@ -71,14 +77,20 @@ def usable(total: int) -> int:
 
 def check(config: Config, model: Qwen3Config, total: int) -> Estimate:
     """The predicted peak, for a CUDA device of ``total`` bytes. ValueError, with what would fit, if that does not."""
-    estimate, room = predict(config, model), usable(total)
+    return _checked(predict(config, model), total, lambda room: advice(config, model, room), "shorter rows")
+
+
+def _checked(
+    estimate: Estimate, total: int, advice: Callable[[int], list[tuple[str, Estimate]]], shorter: str
+) -> Estimate:
+    room = usable(total)
     if estimate.total <= room:
         return estimate
-    options = [f"{flags} ({gib(e.total)})" for flags, e in advice(config, model, room)]
+    options = [f"{flags} ({gib(e.total)})" for flags, e in advice(room)]
     raise ValueError(
         f"a training step does not fit: it takes {estimate}, and {gib(room)} of the device's {gib(total)} are usable. "
         + ("What would fit, smallest change first: " + "; ".join(options) if options else
-           "Nothing but a smaller model, shorter rows or more memory would help")
+           f"Nothing but a smaller model, {shorter} or more memory would help")
     )
 
 
@@ -90,13 +102,20 @@ def advice(config: Config, model: Qwen3Config, room: int) -> list[tuple[str, Est
         "recompute": POLICIES[POLICIES.index(config.recompute):],
         "micros": [n for n in range(config.micros, config.rows + 1) if config.rows % n == 0],
     }
+    return _advice(dials, 1, lambda changes: predict(dataclasses.replace(config, **changes), model), room)
+
+
+def _advice(
+    dials: Mapping[str, Sequence[Any]], results: int, predict: Callable[[dict[str, Any]], Estimate], room: int
+) -> list[tuple[str, Estimate]]:
+    """``dials``: the values of each field from the present one on, less memory each; the first so many change results."""
     found: list[tuple[tuple[int, ...], str, Estimate]] = []
     places = product(*(range(len(values)) for values in dials.values()))
-    for place in sorted(places, key=lambda place: (place[0], sum(map(bool, place)), place)):
+    for place in sorted(places, key=lambda place: (place[:results], sum(map(bool, place)), place)):
         if any(all(a <= b for a, b in zip(other, place)) for other, _, _ in found):
             continue  # part of it is enough
         changes = {name: values[i] for (name, values), i in zip(dials.items(), place)}
-        estimate = predict(dataclasses.replace(config, **changes), model)
+        estimate = predict(changes)
         if estimate.total <= room:
             flags = (f"--{name.replace('_', '-')} {changes[name]}" for name, i in zip(dials, place) if i)
             found.append((place, " ".join(flags), estimate))
@@ -136,13 +155,29 @@ class _Step:
         return 4 if self.masters else self.b
 
     @property
+    def sums(self) -> bool:
+        """Whether micro-steps add up their gradients, which then are there all along."""
+        return self.config.micros > 1
+
+    @property
     def shapes(self) -> dict[str, torch.Tensor]:
+        """Of what is trained."""
         return _parameters(self.model)
 
     @cached_property
     def count(self) -> int:
-        return self.model.num_params()
+        """Elements that are trained."""
+        return sum(p.numel() for p in self.shapes.values())
 
+    @cached_property
+    def head(self) -> int:
+        """Elements of the head's gradient."""
+        return self.model.vocab_size * self.model.hidden_size
+
+    def weights(self) -> int:
+        return self.b * self.count
+
+    @cached_property
     def optimizer(self) -> int:
         moment = 2 if self.config.optimizer_states == "bfloat16" else 4
         return sum(
@@ -190,7 +225,8 @@ class _Step:
         acting = A * F * ((16 if b == 4 else 30) if cpu else 3 * b)
         summing = A * (2 * F + D) * b + (8 * D if cpu else D * b)
         inputs = D * b * (2 if policy == "norm+swiglu" else 1)
-        return again + self.N * (inputs + max(acting, summing)) + 2 * E * D * F * b
+        gradients = (3 if self.sums else 2) * E * D * F * b  # down's, too, where it is to be added to a sum
+        return again + self.N * (inputs + max(acting, summing)) + gradients
 
     def loss(self) -> int:
         """Within the loss: a chunk's logits and their gradient, and the sum of the head's."""
@@ -198,10 +234,13 @@ class _Step:
         # Fused: one bfloat16 tensor serves for both; the hidden states' gradient passes through float32. Else both are
         # float32, and bfloat16 has a rounded gradient, too.
         chunk = rows * V * (2 if fused else 8 if self.b == 4 else 10) + (8 * rows * D if fused else 0)
-        if self.b == 4 or self.N <= MAX_ROUNDED_CHUNKS * rows:
-            return chunk
-        # The head's gradient is summed in float32, then rounded. On the CPU a product is made before it is added.
-        return 4 * V * D + (max(chunk, 2 * V * (rows + D)) if self.device == "cpu" else chunk)
+        total = self.total(rows)
+        # On the CPU a product is made before it is added.
+        return total + (max(chunk, 2 * V * (rows + D)) if total and self.device == "cpu" else chunk)
+
+    def total(self, rows: int) -> int:
+        """The sum of the head's gradient in float32, which then is rounded, over chunks of ``rows`` tokens."""
+        return 0 if self.b == 4 or self.N <= MAX_ROUNDED_CHUNKS * rows else 4 * self.head
 
     def chunk_tokens(self) -> int:
         dtype = DTYPES.get(self.config.dtype, torch.bfloat16)
@@ -218,31 +257,51 @@ class _Step:
 
     # ---- the moments -------------------------------------------------------------------------------------------------
 
+    def peak(self) -> Estimate:
+        return max(self.moments(), key=lambda estimate: estimate.total)
+
     def moments(self) -> Iterator[Estimate]:
-        m, N, D, b, g, count = self.model, self.N, self.model.hidden_size, self.b, self.g, self.count
-        layers, head, stream = m.num_hidden_layers, m.vocab_size * D, N * D * b
-        tables = N * (4 * m.head_dim + 8 * 6)  # RoPE; tokens, positions, documents, labels, weights and losses
-        tied, micros = m.tie_word_embeddings, self.config.micros > 1  # then sums of gradients are there all along
-        waiting = b * head if tied else 0  # the head's gradient, until the embedding has its own
-        at = partial(self._at, weights=b * count, optimizer=self.optimizer())
-
-        yield at("loss", gradients=g * count * micros + b * head,
-                 activations=self.kept(layers) + tables + stream + 4 * N, temporary=2 * stream + self.loss())
-        done = 0 if tied else head  # elements of gradients
-        for i in reversed(range(layers)):
-            own = {n: p.numel() for n, p in self.shapes.items() if n.startswith(f"model.layers.{i}.")}
+        g, count, sums = self.g, self.count, self.sums
+        waiting = self.b * self.head if self.model.tie_word_embeddings else 0  # until the embedding has its own
+        yield from self.losses()
+        done = 0 if waiting else self.head  # elements of gradients
+        layers: dict[str, dict[str, int]] = defaultdict(dict)
+        for name, p in self.shapes.items():
+            layers[".".join(name.split(".")[:3])][name] = p.numel()
+        for i in reversed(range(self.model.num_hidden_layers)):
+            own = layers[f"model.layers.{i}"]
             down = sum(size for n, size in own.items() if "down_proj" in n)
-            yield at(f"backward of layer {i}", gradients=g * (count if micros else done + down) + waiting,
-                     activations=self.kept(i + 1) + tables, temporary=self.flight(i))
+            yield self.at(f"backward of layer {i}", gradients=g * (count if sums else done + down) + waiting,
+                          activations=self.kept(i + 1) + self.tables(), temporary=self.flight(i))
             done += sum(own.values())
-        yield at("backward of the embedding", gradients=g * (count if micros else done) + waiting, activations=tables,
-                 temporary=stream + b * head + (g * head if self.masters and not micros else 0))
-        yield at("update", gradients=g * count, activations=0, temporary=self.update())
+        if self.head:
+            yield self.at("backward of the embedding", gradients=g * (count if sums else done) + waiting,
+                          activations=self.tables(),
+                          temporary=self.stream + self.b * self.head + (g * self.head if self.masters and not sums else 0))
+        yield self.at("update", gradients=g * count, activations=0, temporary=self.update())
 
-    def _at(self, moment: str, **sizes: int) -> Estimate:
+    def losses(self) -> Iterator[Estimate]:
+        """The moments of the loss."""
+        yield self.at("loss", gradients=self.g * self.count * self.sums + self.b * self.head,
+                      activations=self.ready(), temporary=2 * self.stream + self.loss())
+
+    @cached_property
+    def stream(self) -> int:
+        """Bytes of a hidden state of each token."""
+        return self.N * self.model.hidden_size * self.b
+
+    def tables(self) -> int:
+        """RoPE; tokens, positions, documents, labels, weights and losses."""
+        return self.N * (4 * self.model.head_dim + 8 * 6)
+
+    def ready(self) -> int:
+        """Kept by the whole model, down to the final norm."""
+        return self.kept(self.model.num_hidden_layers) + self.tables() + self.stream + 4 * self.N
+
+    def at(self, moment: str, **sizes: int) -> Estimate:
         if self.device == "cuda":
             sizes["temporary"] += WORKSPACES
-        return Estimate(moment, **sizes)
+        return Estimate(moment, **{"weights": self.weights(), "optimizer": self.optimizer} | sizes)
 
     def update(self) -> int:
         """Float32 copies of a piece of a parameter, what rounds them and what orthogonalises them. AdamW's kernel on
@@ -256,7 +315,8 @@ class _Step:
             copies += self.b < 4 and not self.masters
             work, piece = 11 if copies else 0, PIECE
             if muon:
-                short, long = sorted(p.shape[-2:])
+                halves = 2 if "gate_up_proj" in name else 1  # which are orthogonalised apart
+                short, long = sorted((p.shape[-2] // halves, p.shape[-1]))
                 e = 4 if self.device == "cpu" else 2  # bytes in the iteration, see optim.orthogonalised
                 work, piece = max(work, 10, 4 + 2 * e + 2 * e * short // long), max(PIECE, short * long)
             sizes.append(min(p.numel(), piece) * (4 * copies + 4 * (self.g < 4) + work))

@@ -29,6 +29,7 @@ from qwen3_model.chat import encode_chat, parse, render
 from qwen3_model.model import Qwen3
 from qwen3_model.tokenizer import Tokenizer
 
+from . import stage_memory
 from .config import require
 from .core import Run, TrainConfig, command, train
 from .losses import PRESETS, PolicyGradient, advantages, preset, token_weight
@@ -349,8 +350,9 @@ def reinforce(config: RLConfig, *, families: Mapping[str, Family] | None = None,
     """Runs or resumes; returns the folder of the finished model.
 
     ``families``: objects for the names in the config, by default those of the registry.
-    Raises RuntimeError when the pass rate is outside ``pass_band``; other errors as `core.train`.
+    Raises RuntimeError when the pass rate is outside ``pass_band``; other errors as `core.train` and `stage_memory.check`.
     """
+    stage_memory.check(stage_memory.Reinforcement, config.resolved())
     with Pool(SCORERS, workers=config.workers, deadline=config.deadline) as pool:
         families = families or make(config.families, pool)
         options = {"temperature": config.temperature, "max_tokens": config.max_tokens, "max_prompt": config.max_prompt,

@@ -24,6 +24,7 @@ import torch
 from qwen3_model.chat import render, thinking_mode
 from qwen3_model.tokenizer import Tokenizer
 
+from . import stage_memory
 from .config import require
 from .core import Run, TrainConfig, command, train
 from .files import write_jsonl
@@ -161,7 +162,9 @@ def normalised(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def fine_tune(config: SFTConfig, *, loss_fn: LossFn = cross_entropy, quiet: bool = False) -> Path:
-    """Runs or resumes; returns the folder of the finished model. Errors as `core.train` and `read`."""
+    """Runs or resumes; returns the folder of the finished model. Errors as `core.train`, `read` and `stage_memory.check`."""
+    if loss_fn is cross_entropy:  # what another loss takes is not known
+        stage_memory.check(stage_memory.FineTuning, config.resolved())
     tokenizer = Tokenizer.from_file(config.start / "tokenizer.json")
     found = read(config.data, tokenizer)
     samples = [s for s in found if len(s.tokens) <= config.max_tokens]

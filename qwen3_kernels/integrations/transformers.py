@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 import types
 import warnings
 import weakref
@@ -463,6 +464,9 @@ def apply(
                          f"{', '.join(f'{op}=False' for op in missing)} if that is right")
     if "Qwen3MoeMLP" in patched.get("experts", ()):
         notes.append("experts: the activation of each; their matrix products are transformers'")
+    if linear_cross_entropy and (version := _trl_that_reads_logits()):
+        notes.append(f"linear_cross_entropy: the SFTTrainer of trl {version} reads the logits in training where its "
+                     "loss_type is 'nll', the default below 1.7; pass linear_cross_entropy=False for it")
     if attention:
         _register_attention()
     if experts:
@@ -470,6 +474,12 @@ def apply(
     for swap in swaps:
         swap()
     return Report(None if model is None else type(model).__name__, transformers.__version__, patched, tuple(notes))
+
+
+def _trl_that_reads_logits() -> str | None:
+    """The version of trl, if it is in use and below 1.15."""
+    version = getattr(sys.modules.get("trl"), "__version__", None)
+    return version if version and tuple(map(int, version.split(".")[:2])) < (1, 15) else None
 
 
 def revert() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -22,6 +24,12 @@ COMMON = dict(
     per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, logging_steps=1, learning_rate=1e-3,
     report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0, dataloader_pin_memory=False,
 )
+
+
+@pytest.fixture(autouse=True)
+def _own_precision(monkeypatch):
+    """transformers 4.57 leaves the precision of one trainer in the environment, where the next one finds it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def tokenizer():
@@ -181,6 +189,20 @@ def test_trl_after_its_trainer_is_made_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match=r"forward of the model \(Qwen3ForCausalLM\) was replaced by code in .*trl"):
         apply(model)
     assert apply(model, linear_cross_entropy=False).patched["rms_norm"]["Qwen3RMSNorm"] == 9
+
+
+@pytest.mark.parametrize(
+    "version, noted", [("0.29.1", True), ("1.6.0", True), ("1.14.2", True), ("1.15.0.dev0", False), ("2.0", False)]
+)
+def test_a_trl_that_reads_logits_is_noted(version, noted, monkeypatch):
+    """What it does with the patch is a TypeError; seen with 1.6 and 1.14."""
+    monkeypatch.setitem(sys.modules, "trl", types.SimpleNamespace(__version__=version))
+    model = make()
+    notes = " ".join(apply(model).notes)
+    assert (f"the SFTTrainer of trl {version} reads the logits" in notes) == noted
+    assert "trl" not in " ".join(apply(model, linear_cross_entropy=False).notes)
+    monkeypatch.delitem(sys.modules, "trl")
+    assert "trl" not in " ".join(apply(model).notes)
 
 
 @parametrize_kind

@@ -115,7 +115,7 @@ SHORT = {"seq_len": 32, "rows": 2}
         ("untied", SHORT, "backward of the embedding"), ("tied", SHORT | {"optimizer_states": "bfloat16"}, "update"),
         ("wide", SHORT | {"optimizer": "muon"}, "update"), ("experts", SHORT | {"optimizer": "muon"}, "update"),
         ("experts", {}, "loss"), ("experts", {"recompute": "norm+swiglu"}, "loss"),
-        ("some experts", {"micros": 2}, "loss"),
+        ("some experts", {"micros": 2}, "backward of layer 2"),
         ("experts", {"recompute": "full"}, "backward of layer 0"),
         ("experts", {"recompute": "full", "micros": 2}, "backward of layer 2"),
         ("tied", SHORT | {"dtype": "bfloat16"}, "backward of the embedding"),
