@@ -30,6 +30,16 @@ def linear_kl_ref(
     temperature: float = 1.0, reduction: str = "mean", num_items: float | Tensor | None = None,
 ) -> Tensor:
     """Plain torch with all logits. Arguments as `linear_kl`."""
+    kl = divergences_ref(hidden, head, teacher_hidden, teacher_head, teacher_top, direction, temperature)
+    labels = torch.zeros_like(kl, dtype=torch.int64) if mask is None else (mask == 0).long()
+    return (kl * _token_weights(labels, mask, 1, reduction, num_items, kl.dtype)).sum()
+
+
+def divergences_ref(
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor | None, teacher_head: Tensor | None,
+    teacher_top: tuple[Tensor, Tensor] | None, direction: str = "forward", temperature: float = 1.0,
+) -> Tensor:
+    """Those of `linear_kl_ref`, one a token."""
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     q = ((hidden @ head.T).to(wide) / temperature).log_softmax(-1)
     if teacher_top is None:
@@ -39,10 +49,7 @@ def linear_kl_ref(
         rest = q.masked_fill(torch.zeros_like(q, dtype=torch.bool).scatter(-1, ids, True), -torch.inf)
         q = torch.cat((q.gather(-1, ids), rest.logsumexp(-1, keepdim=True)), -1)
         p = torch.cat((p, _log_rest(p).unsqueeze(-1)), -1)
-    kl = (p.exp() * (p - q) if direction == "forward" else q.exp() * (q - p)).sum(-1)
-    labels = torch.zeros_like(kl, dtype=torch.int64) if mask is None else (mask == 0).long()
-    weights = None if mask is None else mask
-    return (kl * _token_weights(labels, weights, 1, reduction, num_items, wide)).sum()
+    return (p.exp() * (p - q) if direction == "forward" else q.exp() * (q - p)).sum(-1)
 
 
 def linear_kl(
@@ -157,7 +164,7 @@ def _of_classes(log_q: Tensor, logprobs: Tensor, reverse: bool) -> tuple[Tensor,
     if reverse:
         kl = (q * ratio).sum(-1)
         return kl, q * (ratio - kl.unsqueeze(-1))
-    return -(p * ratio).sum(-1), q - p
+    return -(p * ratio).sum(-1), q * p.sum(-1, keepdim=True) - p  # a sum of 1, but for the least that is left of p
 
 
 def _chunk(

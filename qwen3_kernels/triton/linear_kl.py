@@ -39,10 +39,11 @@ def _raised(peak, mass, v, t, PRECISE: tl.constexpr):
 
 @triton.jit
 def _row_mass(peak, mass, t, PRECISE: tl.constexpr):
-    """A row's maximum, its mass in fp64, and each lane's share."""
+    """A row's maximum, its mass, and what each lane's is scaled by to be a part of it. Few numbers a row, so in fp64: all
+    probabilities share the rounding of the mass."""
     top = tl.max(peak, 0)
     scale = exp((peak - top) * t, PRECISE)
-    return top, tl.sum(mass * scale, 0).to(tl.float64), scale
+    return top, tl.sum((mass * scale).to(tl.float64), 0), scale
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -74,7 +75,7 @@ def _kl_kernel(
     x_top, x_sum, scale = _row_mass(x_peak, x_mass, t, PRECISE)
     y_top, y_sum, _ = _row_mass(y_peak, y_mass, t, PRECISE)
     total -= x_mass * ((x_top - _finite_or_zero(x_peak)) - (y_top - _finite_or_zero(y_peak)))
-    mean = tl.sum(total * scale, 0).to(tl.float64) / x_sum
+    mean = tl.sum((total * scale).to(tl.float64), 0) / x_sum
     tl.store(kl + row, (mean * t + (tl.log(y_sum) - tl.log(x_sum))).to(tl.float32))
     if grad is not None:
         grad += row * grad_stride
