@@ -171,4 +171,5 @@ def chunk(
     dz *= (weight * t).unsqueeze(-1)
     with on_device(student):
         _share_kernel[(n,)](student, peak, dz[:, -1:] / mass, grad, stride, t, **options, **_BLOCK)
-    return kl, grad.scatter_(-1, ids, dz[:, :-1].to(dtype))
+    student.view(dtype).scatter_(-1, ids, dz[:, :-1].to(dtype))  # the contiguous whole: of a part, a CPU makes a copy
+    return kl, grad

@@ -10,10 +10,19 @@ from training.memory import allocated
 
 OP = "linear_kl"
 N, H, T, V, K = 37, 24, 40, 96, 5
-ROUND = 4096  # classes that the Triton kernel reads at once
+ROUND = 4096 if DEVICE == "cuda" else 128  # classes that the Triton kernels read at once: see small_rounds
 parametrize_direction = pytest.mark.parametrize("direction", ["forward", "reverse"])
 parametrize_teacher = pytest.mark.parametrize("top", [False, True], ids=["head", "top-k"])
 parametrize_backend = pytest.mark.parametrize("backend", ["torch", *backends(OP)])
+
+
+@pytest.fixture(autouse=True)
+def small_rounds(monkeypatch):
+    """The interpreter is slow: there few classes are several rounds."""
+    if DEVICE == "cpu":
+        kernels = dispatch.backend(OP, "triton")
+        monkeypatch.setattr(kernels, "_ROUND", kernels._ROUND | {"DEPTH": 2, "LANES": ROUND // 2})
+        monkeypatch.setattr(kernels, "_BLOCK", kernels._BLOCK | {"BLOCK": ROUND})
 
 
 def inputs_for(dtype, top=False, scale=1.0, N=N, V=V, teacher_scale=None):
@@ -54,7 +63,6 @@ def check(x, teacher, backend="torch", chunk_tokens=None, each=False, **options)
         truth[0], plain[0] = tokens_of_ref(wide_x, wide_teacher, **same), tokens_of_ref(x, teacher, **same)
         with dispatch.use(backend, OP), torch.no_grad():
             got[0] = linear_kl(**x, **teacher, **options, return_tokens=True)[1]
-    if __import__("os").environ.get("DBG"): print([[t.double().norm().item() for t in (g.double()-tt, p.double()-tt, tt)] for g, p, tt in zip(got, plain, truth)])
     ratios = list(map(selfcheck.error_ratio, got, plain, truth))
     assert max(ratios) <= selfcheck.LIMIT, ratios
 
@@ -69,13 +77,12 @@ def test_error_rule(backend, dtype, direction, top, reduction):
 
 
 @parametrize_backend
-@parametrize_dtype
 @parametrize_direction
 @parametrize_teacher
-@pytest.mark.parametrize("V", [7, ROUND, 2 * ROUND + 1, 3 * ROUND - 131])
-def test_vocabularies_of_any_size(backend, dtype, direction, top, V):
+@pytest.mark.parametrize("V", [7, ROUND, 2 * ROUND + 1, 3 * ROUND - 37])
+def test_vocabularies_of_any_size(backend, direction, top, V):
     """Rows of one and several rounds, whole and not, of odd numbers of classes, whose gradient overwrites the logits."""
-    check(*inputs_for(dtype, top, 2.0, N=3, V=V), backend, each=True, direction=direction, reduction="sum")
+    check(*inputs_for(torch.float32, top, 2.0, N=9, V=V), backend, each=True, direction=direction, reduction="sum")
 
 
 @parametrize_backend
@@ -92,32 +99,30 @@ def test_error_rule_over_many_chunks(backend, dtype, direction, top, chunks):
 
 
 @parametrize_backend
-@parametrize_dtype
 @parametrize_direction
 @parametrize_teacher
 @pytest.mark.parametrize("temperature", [0.1, 5.0])
 @pytest.mark.parametrize("scale", [1.0, 1e4], ids=["flat", "huge"])
-def test_temperatures_and_huge_logits(backend, dtype, direction, top, temperature, scale):
-    x, teacher = inputs_for(dtype, scale=scale, N=9)
+def test_temperatures_and_huge_logits(backend, direction, top, temperature, scale):
+    x, teacher = inputs_for(torch.float32, scale=scale, N=9)
     teacher = top_of(**teacher, temperature=temperature) if top else teacher
     check(x, teacher, backend, each=True, direction=direction, temperature=temperature, reduction="sum")
 
 
 @parametrize_backend
-@parametrize_dtype
 @parametrize_direction
 @parametrize_teacher
 @pytest.mark.parametrize("sure", ["teacher", "student", "both", "of-others"])
-@pytest.mark.parametrize("lead", [5.0, 12.0, 20.0])
-def test_sure_rows(backend, dtype, direction, top, sure, lead):
+@pytest.mark.parametrize("lead", [5.0, 20.0])
+def test_sure_rows(backend, direction, top, sure, lead):
     """A token with nearly all the probability, as far as float64 sees its distance from 1."""
     N = 24
-    x, teacher = inputs_for(dtype, N=N)
+    x, teacher = inputs_for(torch.float32, N=N)
     rows = torch.arange(N, device=DEVICE) * 4
     for hidden, head, of in (("hidden", "head", x), ("teacher_hidden", "teacher_head", teacher)):
         if sure in ("both", "of-others") or sure == ("student" if of is x else "teacher"):
-            chosen = of[head][rows + (3 if sure == "of-others" and of is x else 0)]
-            of[hidden] = (chosen.float() * (lead / chosen.float().square().sum(-1, keepdim=True))).to(dtype)
+            chosen = of[head][rows + (1 if sure == "of-others" and of is x else 0)]
+            of[hidden] = (chosen.float() * (lead / chosen.float().square().sum(-1, keepdim=True))).to(torch.float32)
     check(x, top_of(**teacher) if top else teacher, backend, each=True, direction=direction, reduction="sum")
 
 
@@ -184,7 +189,7 @@ def test_gradcheck(direction, top):
 @parametrize_direction
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_equal_distributions_have_none(backend, dtype, direction, temperature):
-    x, _ = inputs_for(dtype, scale=3.0, N=9, V=ROUND + 96)
+    x, _ = inputs_for(dtype, scale=3.0, N=9, V=ROUND + 90)
     hidden = x["hidden"].clone().requires_grad_()
     with dispatch.use(backend, OP):
         loss, tokens = linear_kl(hidden, x["head"], x["hidden"], x["head"], direction=direction, temperature=temperature,
@@ -240,17 +245,19 @@ def test_divergences_without_gradients_are_the_same(backend, dtype, direction, t
 @parametrize_direction
 @parametrize_teacher
 def test_repeatable(backend, direction, top):
-    x, teacher = inputs_for(torch.bfloat16, top, N=pick(backend, 70, 4), V=ROUND + 96)
+    x, teacher = inputs_for(torch.bfloat16, top, N=pick(backend, 70, 4), V=ROUND + 90)
     check_repeatable(partial(linear_kl, **teacher, direction=direction), backend, x, threads=(1,))
 
 
 @pytest.mark.parametrize("backend", [b for b in backends(OP) if b == "triton"])
 @parametrize_direction
 @parametrize_teacher
-def test_the_gradient_takes_the_place_of_the_logits(backend, direction, top):
+@pytest.mark.parametrize("scale", [1.0, 8.0, 1e4], ids=["flat", "sure", "huge"])
+def test_the_gradient_takes_the_place_of_the_logits(backend, direction, top, scale):
     """Without another tensor of their size, and in bf16 with one rounding of each number, with the fast exponential."""
-    n, V = 5, 2 * ROUND + 33
-    student, teacher = (randn(n, V, dtype=torch.float32, scale=3.0) for _ in range(2))
+    n, V = 5, 2081
+    student, teacher = (randn(n, V, dtype=torch.float32, scale=scale) for _ in range(2))
+    teacher[:2] = student[:2] + randn(2, V, dtype=torch.float32, scale=0.1)  # some that agree on the likeliest
     logprobs, ids = teacher.log_softmax(-1).topk(K)
     weight = torch.rand(n, device=DEVICE) + 0.5
     leaf = student.cpu().double().requires_grad_()
