@@ -118,22 +118,30 @@ def _mass_kernel(
     tl.store(mass + row, total_mass.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "K"])
 def _share_kernel(
-    logits, peak, factor, grad, grad_stride, t, V: tl.constexpr, PRECISE: tl.constexpr, BLOCK: tl.constexpr
+    logits, peak, mass, dz, ids, grad, grad_stride, K, t, V: tl.constexpr, PRECISE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """factor · e^(t (logit - maximum)), written over the logits as above."""
+    """The gradient, written over the logits as above: that of the K named tokens from dz [K + 1], and its last shared among
+    the others, whose maximum and mass are given."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     grad += row * grad_stride
+    dz += row * (K + 1)
     top = tl.load(peak + row)
-    f = tl.load(factor + row)
+    share = tl.load(dz + K) / tl.load(mass + row)
     block = tl.arange(0, BLOCK)
     for start in range(0, V, BLOCK):
         cols = start + block
-        g = exp((_values(logits, cols, V) - top) * t, PRECISE) * f
+        g = exp((_values(logits, cols, V) - top) * t, PRECISE) * share
         tl.debug_barrier()
         tl.store(grad + cols, cast(g, grad.dtype.element_ty), mask=cols < V)
+    tl.debug_barrier()  # another thread of this program wrote the named tokens' 0
+    for start in range(0, K, 128):
+        named = start + tl.arange(0, 128)
+        g = tl.load(dz + named, mask=named < K, other=0.0)
+        cols = tl.load(ids + row * K + named, mask=named < K, other=0)
+        tl.store(grad + cols, cast(g, grad.dtype.element_ty), mask=named < K)
 
 
 # 4 warps x 8 x 4 values, one 16-byte load each, of both distributions: 32 KB of a program's on their way, and four programs on
@@ -170,6 +178,5 @@ def chunk(
         return kl, None
     dz *= (weight * t).unsqueeze(-1)
     with on_device(student):
-        _share_kernel[(n,)](student, peak, dz[:, -1:] / mass, grad, stride, t, **options, **_BLOCK)
-    student.view(dtype).scatter_(-1, ids, dz[:, :-1].to(dtype))  # the contiguous whole: of a part, a CPU makes a copy
+        _share_kernel[(n,)](student, peak, mass, dz, ids.contiguous(), grad, stride, ids.shape[1], t, **options, **_BLOCK)
     return kl, grad
