@@ -162,8 +162,10 @@ def _of_classes(log_q: Tensor, logprobs: Tensor, reverse: bool) -> tuple[Tensor,
     log_p = torch.cat((logprobs, _log_rest(logprobs).unsqueeze(-1)), -1)
     ratio, q, p = log_q - log_p, log_q.exp(), log_p.exp()
     if reverse:
-        kl = (q * ratio).sum(-1)
-        return kl, q * (ratio - kl.unsqueeze(-1))
+        at = ratio.gather(-1, q.argmax(-1, keepdim=True))  # of a sure student the divergence itself, but for a little
+        ratio -= at
+        mean = (q * ratio).sum(-1, keepdim=True)
+        return (at + mean).squeeze(-1), q * (ratio - mean)
     return -(p * ratio).sum(-1), q * p.sum(-1, keepdim=True) - p  # a sum of 1, but for the least that is left of p
 
 
@@ -183,6 +185,7 @@ def _chunk(
             p = log_p.exp()
             kl = log_p.sub_(log_q).mul_(p).sum(-1)
             grad = log_q.exp_().sub_(p)
+            del p
     else:
         top = log_q.gather(-1, ids)
         others = log_q.scatter_(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
