@@ -35,7 +35,8 @@ def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
     return float("inf") if ratio.isnan() else ratio.item()
 
 
-CONSTANTS = frozenset({"cos", "sin", "k8", "v8", "scales", "teacher_hidden", "teacher_head", "logprobs"})  # floating arguments that get no gradient
+# Floating arguments that get no gradient.
+CONSTANTS = frozenset({"cos", "sin", "k8", "v8", "scales", "teacher_hidden", "teacher_head", "logprobs"})
 
 
 def run(op: str, backend: str, device: str, dtype: torch.dtype) -> float:
@@ -154,12 +155,13 @@ def _floats(router: Callable) -> Callable:
 
 
 def _taught(kl: Callable) -> Callable:
-    """Both directions, one from a teacher's head and one from its top tokens."""
+    """Both directions from a teacher's head, and one from its top tokens."""
 
     def run(
         hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, ids: Tensor, logprobs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return (kl(hidden, head, teacher_hidden, teacher_head), kl(hidden, head, teacher_hidden, teacher_head, direction="reverse"),
+        teacher = (teacher_hidden, teacher_head)
+        return (kl(hidden, head, *teacher), kl(hidden, head, *teacher, direction="reverse"),
                 kl(hidden, head, teacher_top=(ids, logprobs)))
 
     return run

@@ -18,9 +18,9 @@ from .linear_cross_entropy import (
 
 DIRECTIONS = ("forward", "reverse")
 REDUCTIONS = ("mean", "sum", "num_items")
-# Tensors of a chunk's logits, in fp32, that live at one time: (with a teacher's head, with its top tokens). Together they may
-# take what `linear_cross_entropy` spends on its one, 640 MiB, in which it has 2,048 tokens of Qwen3's vocabulary; here those are
-# 256 and 512 in torch (467 and 622 MB), 512 and 1,024 in Triton (622 MB).
+# Tensors of a chunk's logits, in fp32, that live at one time: (with a teacher's head, with its top tokens). Together they
+# may take what `linear_cross_entropy` spends on its one, 640 MiB, in which it has 2,048 tokens of Qwen3's vocabulary;
+# here those are 256 and 512 in torch (467 and 622 MB), 512 and 1,024 in Triton (622 MB).
 LIVE_LOGITS = {"torch": (3, 2), "triton": (2, 1)}
 
 
@@ -158,7 +158,7 @@ def _logits(hidden: Tensor, head: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _of_classes(log_q: Tensor, logprobs: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """(divergence [n], dz [n, K + 1]) of log-probabilities [n, K + 1] of the student, the others' last, [n, K] of the teacher."""
+    """(divergence [n], dz [n, K + 1]) of the student's log-probabilities [n, K + 1], the others' last, and the teacher's [n, K]."""
     log_p = torch.cat((logprobs, _log_rest(logprobs).unsqueeze(-1)), -1)
     ratio, q, p = log_q - log_p, log_q.exp(), log_p.exp()
     if reverse:
@@ -195,7 +195,7 @@ def _chunk(
 
 
 def _log_probs_(logits: Tensor, temperature: float) -> Tensor:
-    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)  # first of all the maximum: large logits keep their distances
+    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)  # the maximum first: large logits keep their distances
     return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
