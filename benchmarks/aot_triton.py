@@ -119,6 +119,19 @@ def _cross_entropy(n: int, v: int, dtype: torch.dtype, dlse: bool) -> Callable[[
     return calls
 
 
+def _linear_kl(n: int, v: int, dtype: torch.dtype, k: int = 0, grad: bool = True) -> Callable[[], None]:
+    def calls():
+        op = dispatch.backend("linear_kl", "triton")
+        student, weight = meta(n, v, dtype=FP32), meta(n, dtype=FP32)
+        if k:
+            op.chunk(student, None, meta(n, k, dtype=torch.int64), meta(n, k, dtype=FP32), weight, False, 1.0, dtype, grad)
+            return
+        for reverse in (False, True):
+            op.chunk(student, meta(n, v, dtype=FP32), None, None, weight, reverse, 1.0, dtype, grad)
+
+    return calls
+
+
 def _moe_router(n: int, e: int, k: int, dtype: torch.dtype, replay: bool) -> Callable[[], None]:
     def calls():
         op = dispatch.backend("moe_router", "triton")
@@ -214,6 +227,13 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "151936 bf16": _cross_entropy(8192, 151936, BF16, False),
         "151936 bf16 z-loss": _cross_entropy(8192, 151936, BF16, True),
         "151936 fp32": _cross_entropy(8192, 151936, FP32, False),
+    },
+    "linear_kl": {
+        "151936 bf16": _linear_kl(512, 151936, BF16),
+        "151936 bf16 loss": _linear_kl(512, 151936, BF16, grad=False),
+        "151936 fp32": _linear_kl(512, 151936, FP32),
+        "151936 bf16 top 64": _linear_kl(1024, 151936, BF16, k=64),
+        "1001 bf16 odd V": _linear_kl(37, 1001, BF16),
     },
     "moe_router": {
         "128 top 8 bf16": _moe_router(8192, 128, 8, BF16, False),

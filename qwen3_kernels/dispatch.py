@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 
 OPS = (
-    "rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention",
+    "rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "linear_cross_entropy", "linear_kl", "attention",
     "moe_router",  # and the routing plan
     "moe_experts", "swiglu_mlp",
     "paged_attention",  # and the write into the pages
@@ -33,6 +33,7 @@ PREFERENCE = {
     "cpu": {op: ("cpu", "torch") for op in OPS} | {
         "moe_router": ("torch",),  # a few sorts of a few hundred numbers
         "swiglu_mlp": ("torch",),  # torch: its products and the op swiglu
+        "linear_kl": ("torch",),
         "paged_attention": ("torch",),
     },
     "cuda": {op: ("triton", "torch") for op in OPS} | {

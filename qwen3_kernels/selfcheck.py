@@ -13,6 +13,7 @@ from . import dispatch
 from .ops.attention import attention, attention_ref
 from .ops.cross_entropy import cross_entropy, cross_entropy_ref
 from .ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from .ops.linear_kl import linear_kl, linear_kl_ref
 from .ops.moe_experts import moe_experts, moe_experts_ref
 from .ops.moe_router import moe_router, moe_router_ref
 from .ops.paged_attention import FP8, paged_attention, paged_attention_ref
@@ -34,7 +35,8 @@ def error_ratio(got: Tensor, plain: Tensor, truth: Tensor) -> float:
     return float("inf") if ratio.isnan() else ratio.item()
 
 
-CONSTANTS = frozenset({"cos", "sin", "k8", "v8", "scales"})  # floating arguments that get no gradient
+# Floating arguments that get no gradient.
+CONSTANTS = frozenset({"cos", "sin", "k8", "v8", "scales", "teacher_hidden", "teacher_head", "logprobs"})
 
 
 def run(op: str, backend: str, device: str, dtype: torch.dtype) -> float:
@@ -112,6 +114,10 @@ def inputs_for(op: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     if op == "linear_cross_entropy":
         labels = torch.tensor([0, 519, -100, 7, 100, 3], device=device)
         return {"hidden": rand(6, 64), "head": rand(520, 64) / 4, "labels": labels}
+    if op == "linear_kl":
+        logprobs, ids = rand(6, 520).float().log_softmax(-1).topk(5)
+        return {"hidden": rand(6, 64), "head": rand(520, 64) / 4, "teacher_hidden": rand(6, 72),
+                "teacher_head": rand(520, 72) / 4, "ids": ids, "logprobs": logprobs}
     if op == "qk_norm_rope":
         angle = torch.rand(7, 32, generator=g) * 100
         return {"q": rand(7, 4, 64), "k": rand(7, 2, 64), "q_weight": rand(64), "k_weight": rand(64),
@@ -148,6 +154,19 @@ def _floats(router: Callable) -> Callable:
     return run
 
 
+def _taught(kl: Callable) -> Callable:
+    """Both directions from a teacher's head, and one from its top tokens."""
+
+    def run(
+        hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, ids: Tensor, logprobs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        teacher = (teacher_hidden, teacher_head)
+        return (kl(hidden, head, *teacher), kl(hidden, head, *teacher, direction="reverse"),
+                kl(hidden, head, teacher_top=(ids, logprobs)))
+
+    return run
+
+
 def _paged(attend: Callable) -> Callable:
     """Outputs over pages of the queries' dtype, and over those of 8 bits."""
 
@@ -167,6 +186,7 @@ PAIRS = {
     "swiglu": (swiglu, swiglu_ref),
     "cross_entropy": (cross_entropy, cross_entropy_ref),
     "linear_cross_entropy": (linear_cross_entropy, linear_cross_entropy_ref),
+    "linear_kl": (_taught(linear_kl), _taught(linear_kl_ref)),
     "qk_norm_rope": (qk_norm_rope, qk_norm_rope_ref),
     "moe_router": (_floats(moe_router), _floats(moe_router_ref)),
     "moe_experts": (moe_experts, moe_experts_ref), "swiglu_mlp": (swiglu_mlp, swiglu_mlp_ref),

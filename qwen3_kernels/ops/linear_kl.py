@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ._check import floating, require, same_device, same_dtype
 from .linear_cross_entropy import (
     _add_product, _gradients, _reduced_autograd, _reduced_context, _token_weights, _total_for, chunk_size,
@@ -17,9 +18,10 @@ from .linear_cross_entropy import (
 
 DIRECTIONS = ("forward", "reverse")
 REDUCTIONS = ("mean", "sum", "num_items")
-# Tensors of a chunk's logits, in fp32, that live at one time. So that they take together what `linear_cross_entropy` spends on
-# its one, 640 MiB, a chunk has 256 tokens of Qwen3's vocabulary, which are 467 MB, where that op has 2,048.
-LIVE_LOGITS = 3
+# Tensors of a chunk's logits, in fp32, that live at one time: (with a teacher's head, with its top tokens). Together they
+# may take what `linear_cross_entropy` spends on its one, 640 MiB, in which it has 2,048 tokens of Qwen3's vocabulary;
+# here those are 256 and 512 in torch (467 and 622 MB), 512 and 1,024 in Triton (622 MB).
+LIVE_LOGITS = {"torch": (3, 2), "triton": (2, 1)}
 
 
 def linear_kl_ref(
@@ -28,6 +30,16 @@ def linear_kl_ref(
     temperature: float = 1.0, reduction: str = "mean", num_items: float | Tensor | None = None,
 ) -> Tensor:
     """Plain torch with all logits. Arguments as `linear_kl`."""
+    kl = divergences_ref(hidden, head, teacher_hidden, teacher_head, teacher_top, direction, temperature)
+    labels = torch.zeros_like(kl, dtype=torch.int64) if mask is None else (mask == 0).long()
+    return (kl * _token_weights(labels, mask, 1, reduction, num_items, kl.dtype)).sum()
+
+
+def divergences_ref(
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor | None, teacher_head: Tensor | None,
+    teacher_top: tuple[Tensor, Tensor] | None, direction: str = "forward", temperature: float = 1.0,
+) -> Tensor:
+    """Those of `linear_kl_ref`, one a token."""
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     q = ((hidden @ head.T).to(wide) / temperature).log_softmax(-1)
     if teacher_top is None:
@@ -37,10 +49,7 @@ def linear_kl_ref(
         rest = q.masked_fill(torch.zeros_like(q, dtype=torch.bool).scatter(-1, ids, True), -torch.inf)
         q = torch.cat((q.gather(-1, ids), rest.logsumexp(-1, keepdim=True)), -1)
         p = torch.cat((p, _log_rest(p).unsqueeze(-1)), -1)
-    kl = (p.exp() * (p - q) if direction == "forward" else q.exp() * (q - p)).sum(-1)
-    labels = torch.zeros_like(kl, dtype=torch.int64) if mask is None else (mask == 0).long()
-    weights = None if mask is None else mask
-    return (kl * _token_weights(labels, weights, 1, reduction, num_items, wide)).sum()
+    return (p.exp() * (p - q) if direction == "forward" else q.exp() * (q - p)).sum(-1)
 
 
 def linear_kl(
@@ -65,9 +74,10 @@ def linear_kl(
     Returns:
         float32 scalar (float64 for float64); with ``return_tokens`` the pair (loss, divergences).
 
-    FLOPs: 6·N·V·H, and 2·N·V·Ht for a teacher's head. Memory beyond inputs and gradients: `LIVE_LOGITS` times one chunk's
-    logits in fp32 and, with more than `MAX_ROUNDED_CHUNKS` chunks of a half precision, a float32 gradient of the head until
-    it is rounded; only the divergences grow with N.
+    FLOPs: 2·N·V·(H + Ht) for the loss, Ht 0 with teacher_top, and 4·N·V·H for the gradients. Logits are written and read
+    in fp32; see a backend for the bytes. Memory beyond inputs and gradients: `LIVE_LOGITS` times one chunk's logits and,
+    with more than `MAX_ROUNDED_CHUNKS` chunks of a half precision, a float32 gradient of the head until it is rounded; only
+    the divergences grow with N.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or options that do not fit. RuntimeError: a second backward.
@@ -111,11 +121,13 @@ def linear_kl(
     weight_N = _token_weights(labels, weights, 1, reduction, num_items, wide).reshape(N)
     flat = (None if t is None else t.reshape(N, t.shape[-1]) for t in (teacher_hidden, ids, logprobs))
     teacher_hidden, ids, logprobs = (None if t is None else t.detach() for t in flat)
+    backend = "torch" if wide == torch.float64 else dispatch.resolve(op, hidden.device.type, hidden.dtype)
+    live = LIVE_LOGITS[backend][teacher_top is not None]
     grads = torch.is_grad_enabled()
     loss, tokens, _, _ = _reduced(
         hidden.reshape(N, H), head, weight_N, teacher_hidden, None if teacher_head is None else teacher_head.detach(), ids,
         logprobs, grads and hidden.requires_grad, grads and head.requires_grad, direction == "reverse", float(temperature),
-        chunk_tokens or chunk_size(max(N, 1), V, LIVE_LOGITS * wide.itemsize),
+        chunk_tokens or chunk_size(max(N, 1), V, live * wide.itemsize), backend,
     )
     return (loss, tokens.detach().view(shape)) if return_tokens else loss
 
@@ -126,25 +138,45 @@ def _log_rest(logprobs: Tensor) -> Tensor:
     return rest.clamp(min=torch.finfo(rest.dtype).eps).log()
 
 
-def _log_probs(hidden: Tensor, head: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
+def _logits(hidden: Tensor, head: Tensor, wide: torch.dtype) -> Tensor:
     if hidden.is_cuda and hidden.dtype.itemsize == 2:
-        logits = torch.mm(hidden, head.T, out_dtype=torch.float32).to(wide)
-    else:
-        logits = (hidden @ head.T).to(wide)
-    return logits.div_(temperature).log_softmax(-1)
+        return torch.mm(hidden, head.T, out_dtype=torch.float32).to(wide)
+    return (hidden @ head.T).to(wide)
+
+
+# --- What is made of a chunk's logits.
+#
+# A backend's ``chunk(student, teacher, ids, logprobs, weight, reverse, temperature, dtype, want_grad)`` takes logits [n, V] in
+# fp32 (fp64), which it may overwrite: the student's and the teacher's, or None with ids. It returns (divergence [n], the
+# weighted gradient of the student's logits [n, V] in dtype, that of the student, its rows of any stride, or None). With q and
+# p the student's and teacher's classes, each a token or, given ids, all others,
+#
+# forward  dz_c = q_c - p_c
+# reverse  dz_c = q_c (log q_c - log p_c - KL)
+#
+# which the class of all others shares among its tokens by their probability.
+
+
+def _of_classes(log_q: Tensor, logprobs: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """(divergence [n], dz [n, K + 1]) of the student's log-probabilities [n, K + 1], the others' last, and the teacher's [n, K]."""
+    log_p = torch.cat((logprobs, _log_rest(logprobs).unsqueeze(-1)), -1)
+    ratio, q, p = log_q - log_p, log_q.exp(), log_p.exp()
+    if reverse:
+        at = ratio.gather(-1, q.argmax(-1, keepdim=True))  # of a sure student the divergence itself, but for a little
+        ratio -= at
+        mean = (q * ratio).sum(-1, keepdim=True)
+        return (at + mean).squeeze(-1), q * (ratio - mean)
+    return -(p * ratio).sum(-1), q * p.sum(-1, keepdim=True) - p  # a sum of 1, but for the least that is left of p
 
 
 def _chunk(
-    log_q: Tensor, weight: Tensor, log_p: Tensor | None, ids: Tensor | None, logprobs: Tensor | None, reverse: bool,
-    want_grad: bool,
+    student: Tensor, teacher: Tensor | None, ids: Tensor | None, logprobs: Tensor | None, weight: Tensor, reverse: bool,
+    temperature: float, dtype: torch.dtype, want_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(divergence [n], weighted gradient of the logits [n, V]). Overwrites log_q and log_p. With q and p the student's and
-    teacher's classes:
-
-    forward  dz_j = q_j - p_j for a class of one token; q_j (1 - p_r / q_r) for a token of the class r of all others
-    reverse  dz_j = q_j (log q_c - log p_c - KL), c the class of token j
-    """
+    """In plain torch; nothing but log-probabilities, in place, and a third tensor of their size."""
+    log_q = _log_probs_(student, temperature)
     if ids is None:
+        log_p = _log_probs_(teacher, temperature)
         if reverse:
             ratio, q = log_p.sub_(log_q).neg_(), log_q.exp_()
             kl = (q * ratio).sum(-1)
@@ -153,45 +185,42 @@ def _chunk(
             p = log_p.exp()
             kl = log_p.sub_(log_q).mul_(p).sum(-1)
             grad = log_q.exp_().sub_(p)
-        return kl, grad.mul_(weight.unsqueeze(-1)) if want_grad else None
-    others = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    classes_q = torch.cat((log_q.gather(-1, ids), others), -1)
-    classes_p = torch.cat((logprobs, _log_rest(logprobs).unsqueeze(-1)), -1)
-    ratio = classes_q - classes_p
-    kl = ((classes_q.exp() * ratio) if reverse else (classes_p.exp() * -ratio)).sum(-1)
-    if not want_grad:
-        return kl, None
-    q_top = classes_q[:, :-1].exp()
-    if reverse:
-        ratio -= kl.unsqueeze(-1)
-        of_rest, of_top = ratio[:, -1:], q_top * ratio[:, :-1]
+            del p
     else:
-        of_rest, of_top = 1 - (-ratio[:, -1:]).exp(), q_top - logprobs.exp()
-    return kl, log_q.exp_().mul_(of_rest).scatter_(-1, ids, of_top).mul_(weight.unsqueeze(-1))
+        top = log_q.gather(-1, ids)
+        others = log_q.scatter_(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        kl, dz = _of_classes(torch.cat((top, others), -1), logprobs, reverse)
+        grad = log_q.sub_(others).exp_().mul_(dz[:, -1:]).scatter_(-1, ids, dz[:, :-1])
+    return kl, grad.mul_(weight.unsqueeze(-1)).div_(temperature).to(dtype) if want_grad else None
+
+
+def _log_probs_(logits: Tensor, temperature: float) -> Tensor:
+    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)  # the maximum first: large logits keep their distances
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
 @torch.library.custom_op("qwen3::linear_kl", mutates_args=())
 def _reduced(
     hidden_NH: Tensor, head_VH: Tensor, weight_N: Tensor, teacher_hidden: Tensor | None, teacher_head: Tensor | None,
     ids_NK: Tensor | None, logprobs_NK: Tensor | None, want_hidden: bool, want_head: bool, reverse: bool, temperature: float,
-    rows: int,
+    rows: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(Σ weight · divergence, divergence [N], dhidden, dhead), the gradients empty where not wanted."""
     N, wide = hidden_NH.shape[0], weight_N.dtype
     kl = torch.empty(N, dtype=wide, device=hidden_NH.device)
     dhidden, dhead = _gradients(hidden_NH, head_VH, want_hidden, want_head)
     total = _total_for(dhead, N, rows) if want_head else None
+    chunk = _chunk if backend == "torch" else dispatch.backend("linear_kl", backend).chunk
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         hidden = hidden_NH[part]
-        log_p = None if teacher_hidden is None else _log_probs(teacher_hidden[part], teacher_head, temperature, wide)
+        teacher = None if teacher_hidden is None else _logits(teacher_hidden[part], teacher_head, wide)
         top = (None, None) if ids_NK is None else (ids_NK[part], logprobs_NK[part].to(wide))
-        log_q = _log_probs(hidden, head_VH, temperature, wide)
-        kl[part], grad = _chunk(log_q, weight_N[part], log_p, *top, reverse, want_hidden or want_head)
-        del log_q, log_p
+        kl[part], grad = chunk(_logits(hidden, head_VH, wide), teacher, *top, weight_N[part], reverse, temperature,
+                               hidden.dtype, want_hidden or want_head)
+        del teacher
         if grad is None:
             continue
-        grad = grad.div_(temperature).to(hidden.dtype)
         if want_hidden:
             torch.mm(grad, head_VH, out=dhidden[part])
         if want_head:
@@ -205,7 +234,7 @@ def _reduced(
 
 @_reduced.register_fake
 def _(hidden_NH, head_VH, weight_N, teacher_hidden, teacher_head, ids_NK, logprobs_NK, want_hidden, want_head, reverse,
-      temperature, rows):
+      temperature, rows, backend):
     return (weight_N.new_empty(()), weight_N.new_empty(hidden_NH.shape[0]),
             hidden_NH.new_empty(hidden_NH.shape if want_hidden else 0),
             head_VH.new_empty(head_VH.shape if want_head else 0))

@@ -31,7 +31,9 @@ def test_every_kernel_of_every_op_is_compiled(rows):
     ops = ("rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "moe_router")
     assert found == {(op, kernel) for op in ops for kernel in STREAMING} | {
         (op, "sum_partials_kernel") for op in ("rms_norm", "qk_norm_rope", "moe_router")
-    } | {("moe_router", kernel) for kernel in ("count_kernel", "place_kernel")} | {
+    } | {("linear_kl", f"{kernel}_kernel") for kernel in ("kl", "mass", "share")} | {
+        ("moe_router", kernel) for kernel in ("count_kernel", "place_kernel")
+    } | {
         ("moe_experts", f"{kernel}_kernel") for kernel in
         ("up", "rows", "down_backward", "weight_grad", "combine", "tiles", "dweights", "decode_up", "decode_down")
     } | {("paged_attention", f"{kernel}_kernel") for kernel in ("split", "combine", "write")} | {
@@ -57,6 +59,13 @@ def test_programs_of_a_decoding_step_share_a_multiprocessor(rows):
         assert programs * (r["shared"] + 1024) <= SHARED_BYTES + 1024, r  # the system takes 1 KB a program
         assert programs * r["registers"] * 32 * r["warps"] <= REGISTERS, r
         assert r["shared"] >= blocks * 2 * 64 * 128 * size, r
+
+
+def test_tokens_of_a_chunk_are_one_wave(rows):
+    """Four programs on each of 132 multiprocessors take 512 tokens."""
+    for r in rows:
+        if r["kernel"] == "kl_kernel":
+            assert 4 * r["registers"] * 32 * r["warps"] <= REGISTERS and 4 * (r["shared"] + 1024) <= SHARED_BYTES, r
 
 
 def test_nothing_spills(rows):
