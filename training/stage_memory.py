@@ -212,9 +212,9 @@ class Distillation(Reinforcement):
 
     def divergence(self) -> int:
         """Within `linear_kl`."""
-        V = self.model.vocab_size
-        rows = min(chunk_size(self.N, V, 4 * LIVE_LOGITS), self.N)
-        return 4 * LIVE_LOGITS * rows * V + self.total(rows)
+        V, live = self.model.vocab_size, LIVE_LOGITS["triton" if self.device == "cuda" else "torch"][0]
+        rows = min(chunk_size(self.N, V, 4 * live), self.N)
+        return 4 * live * rows * V + self.total(rows)
 
 
 def passing(model: Qwen3Config, b: int) -> int:
