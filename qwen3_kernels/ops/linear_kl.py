@@ -122,7 +122,7 @@ def linear_kl(
     flat = (None if t is None else t.reshape(N, t.shape[-1]) for t in (teacher_hidden, ids, logprobs))
     teacher_hidden, ids, logprobs = (None if t is None else t.detach() for t in flat)
     backend = "torch" if wide == torch.float64 else dispatch.resolve(op, hidden.device.type, hidden.dtype)
-    live = LIVE_LOGITS[backend][teacher_top is not None]
+    live = LIVE_LOGITS[backend][0 if teacher_top is None else 1]
     grads = torch.is_grad_enabled()
     loss, tokens, _, _ = _reduced(
         hidden.reshape(N, H), head, weight_N, teacher_hidden, None if teacher_head is None else teacher_head.detach(), ids,

@@ -82,7 +82,8 @@ def test_error_rule(backend, dtype, direction, top, reduction):
 @pytest.mark.parametrize("V", [7, ROUND, 2 * ROUND + 1])
 def test_vocabularies_of_any_size(backend, direction, top, V):
     """Rows of one and several rounds, whole and not, of odd numbers of classes, whose gradient overwrites the logits."""
-    check(*inputs_for(torch.float32, top, 2.0, N=9, V=V), backend, each=True, direction=direction, reduction="sum")
+    tokens = 99 if V < ROUND else 9  # of few numbers plain torch's error is luck
+    check(*inputs_for(torch.float32, top, 2.0, N=tokens, V=V), backend, each=True, direction=direction, reduction="sum")
 
 
 @parametrize_backend
