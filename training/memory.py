@@ -243,8 +243,9 @@ class _Step:
         return 0 if self.b == 4 or self.N <= MAX_ROUNDED_CHUNKS * rows else 4 * self.head
 
     def chunk_tokens(self) -> int:
-        dtype = DTYPES.get(self.config.dtype, torch.bfloat16)
-        return min(default_chunk(self.N, self.model.vocab_size, self.model.hidden_size, dtype, self.device == "cuda"), self.N)
+        m, dtype = self.model, DTYPES.get(self.config.dtype, torch.bfloat16)
+        rows = default_chunk(self.N, m.vocab_size, m.hidden_size, dtype, self.device == "cuda", sums=self.head > 0)
+        return min(rows, self.N)
 
     @property
     def _fused_loss(self) -> bool:

@@ -47,8 +47,9 @@ def backward_through_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``backward`` where q and k are ``qk_norm_rope(q_raw, k_raw, q_weight, k_weight, cos, sin, eps)``: (dq_raw, dk_raw and
     dv by heads in one tensor, dq_weight, dk_weight)."""
-    cos, sin = (t.float().contiguous() for t in (cos, sin))
-    parts = [(aligned(raw), weight.float().contiguous(), cos, sin, eps) for raw, weight in ((q_raw, q_weight), (k_raw, k_weight))]
+    cos, sin = (aligned(t.float().contiguous()) for t in (cos, sin))
+    pairs = ((q_raw, q_weight), (k_raw, k_weight))
+    parts = [(aligned(raw), weight.float().contiguous(), cos, sin, eps) for raw, weight in pairs]
     counts = [t.shape[-2] for t in (q, k, v)]
     grads = torch.empty((*q.shape[:-2], sum(counts), q.shape[-1]), dtype=q.dtype, device=q.device)
     shares = _backward(grads.split(counts, -2), dout, q, k, v, out, lse, cu_seqlens, causal, scale, parts)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -479,7 +480,7 @@ def apply(
 def _trl_that_reads_logits() -> str | None:
     """The version of trl, if it is in use and below 1.15."""
     version = getattr(sys.modules.get("trl"), "__version__", None)
-    return version if version and tuple(map(int, version.split(".")[:2])) < (1, 15) else None
+    return version if version and Version(version).release[:2] < (1, 15) else None
 
 
 def revert() -> None:

@@ -72,7 +72,7 @@ def _readable(t: Tensor) -> Tensor:
 def aligned(t: Tensor) -> Tensor:
     """The tensor itself when it can be read in units of 16 bytes: D contiguous, all else in steps of 8 numbers."""
     fits = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1])
-    return t if fits else t.contiguous()
+    return t if fits else t.clone(memory_format=torch.contiguous_format)  # .contiguous() keeps one that begins in between
 
 
 _flag = threading.Lock()

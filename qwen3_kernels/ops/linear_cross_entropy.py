@@ -20,9 +20,9 @@ from . import _through_logits
 from ._check import floating, require, same_device, same_dtype
 
 REDUCTIONS = ("mean", "sum", "num_items", "none")
-# Bytes of one chunk's logits at most: 2,048 tokens of Qwen3's vocabulary in bf16. A chunk reads and writes the whole gradient
-# of the head once more, so larger ones are faster: 8,192 tokens of width 1024 took 11.9, 11.4, 10.7 ms in chunks of 768,
-# 1024, 2048 on an H100, of width 4096 48.0, 44.6, 44.3 ms.
+# Bytes of one chunk's logits, but see `default_chunk`: 2,048 tokens of Qwen3's vocabulary in bf16. A chunk reads and writes
+# the whole gradient of the head once more, so larger ones are faster: 8,192 tokens of width 1024 took 11.9, 11.4, 10.7 ms
+# in chunks of 768, 1024, 2048 on an H100, of width 4096 48.0, 44.6, 44.3 ms.
 CHUNK_BYTES = 640 << 20
 # More chunks than this are summed in float32. In bf16 every addition rounds the gradient of the head again: 1.6, 1.9, 2.2, 2.6
 # times the error of plain torch after 1, 4, 6, 11 chunks, 1.6 in float32 however many.
@@ -120,7 +120,9 @@ def linear_cross_entropy(
         return loss
     if backend == "cuda" and (H % 8 or V % 8):  # TMA reads rows of 16-byte units
         backend = "triton"
-    rows = chunk_tokens or default_chunk(N, V, H, hidden.dtype, hidden.is_cuda)
+    made = head if head_grad is None else head_grad  # what the head's gradient is like
+    sums = torch.is_grad_enabled() and head.requires_grad and made.dtype.itemsize < 4
+    rows = chunk_tokens or default_chunk(N, V, H, hidden.dtype, hidden.is_cuda, sums)
     flat = (hidden.reshape(N, H), head, labels.reshape(N))
     options = (ignore_index, float(temperature), float(z_loss), return_stats, rows, backend)
     if reduction == "none":
@@ -154,23 +156,25 @@ def _token_weights(
 
 
 def chunk_size(N: int, V: int, logit_bytes: int, budget: int | None = None) -> int:
-    """Tokens in each of the equal chunks, whole tiles of 256, whose logits take at most ``budget``, by default `CHUNK_BYTES`."""
+    """Tokens in each of the equal chunks, whole tiles of 256, whose logits take at most ``budget`` bytes, by default
+    `CHUNK_BYTES`."""
     most = max((budget or CHUNK_BYTES) // (V * logit_bytes) // 256 * 256, 256)
     chunks = max(-(-N // most), 1)
     return max(-(-N // (chunks * 256)) * 256, 256)
 
 
-def default_chunk(N: int, V: int, H: int, dtype: torch.dtype, cuda: bool) -> int:
-    """Tokens in a chunk by default.
+def default_chunk(N: int, V: int, H: int, dtype: torch.dtype, cuda: bool, sums: bool = True) -> int:
+    """Tokens in a chunk by default. ``sums``: whether the chunks add up to a gradient of the head in a half precision.
 
-    Where more than `MAX_ROUNDED_CHUNKS` chunks of a half precision would need a float32 gradient of the head, larger chunks without one are taken
-    instead if they need no more memory: 16,384 tokens of width 2048 in 43.5 ms and 2.0 GB for 48.3 ms and 2.6 GB on an H100.
-    Past 8 chunks they have twice the bytes, as each of them reads and writes the head's gradient, now in float32: 32,768
-    tokens of width 1024 in 47.0 ms and 2.3 GB for 48.7 ms and 1.65 GB; twice that again would save 1.1 ms for 0.7 GB.
+    Where more than `MAX_ROUNDED_CHUNKS` of them would need that gradient in float32, larger chunks without one are taken
+    instead if they need no more memory: 16,384 tokens of width 2048 in 43.5 ms and 2.0 GB for 48.3 ms and 2.6 GB on an
+    H100. Past 8 chunks they have twice the bytes, as each of them reads and writes the head's gradient, now in float32:
+    32,768 tokens of width 1024 in 47.0 ms and 2.3 GB for 48.7 ms and 1.65 GB; twice that again would save 1.1 ms for
+    0.7 GB.
     """
     logit_bytes = 2 if cuda and dtype == torch.bfloat16 else 4
     rows = chunk_size(N, V, logit_bytes)
-    if dtype.itemsize >= 4 or N <= MAX_ROUNDED_CHUNKS * rows:
+    if not sums or dtype.itemsize >= 4 or N <= MAX_ROUNDED_CHUNKS * rows:
         return rows
     budget = CHUNK_BYTES * (2 if N > 8 * rows else 1)
     few = -(-N // (MAX_ROUNDED_CHUNKS * 256)) * 256

@@ -61,11 +61,13 @@ class _Linears(torch.autograd.Function):
 def _side_by_side(parts: list[Tensor]) -> Tensor | None:
     """The matrix whose columns these are, one after another and in this order, if there is one in memory.
 
-    Its two products in place of six take 379 and 366 us for 447 and 390 on an H100 (q, k and v of Qwen3-0.6B, 32,768 tokens),
-    with 9 us to put the weights together; forward there is nothing to gain (426 for 431).
+    Its two products in place of six take 379 and 366 us for 447 and 390 on an H100 (q, k and v of Qwen3-0.6B, 32,768
+    tokens), with 9 us to put the weights together; forward there is nothing to gain (426 for 431).
     """
-    # Traced tensors have no addresses, and a view of all parts by the first alone has no gradient.
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(type(p) is not Tensor for p in parts):
+    # Traced and batched tensors have no addresses, and a view of all parts by the first alone has no gradient.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if not all(type(p) is Tensor and torch._C._has_storage(p) for p in parts):
         return None
     first, end = parts[0], parts[0].storage_offset()
     storage = first.untyped_storage().data_ptr()

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from common import DEVICE, check_error_rule, check_repeatable, parametrize_dtype, randn
@@ -335,6 +337,24 @@ def test_default_chunk_on_a_gpu(N, H, tokens):
     assert got == tokens
     summed = 4 * V * H if N > MAX_ROUNDED_CHUNKS * got else 0
     assert summed + 2 * V * got <= 2 * CHUNK_BYTES + 4 * V * H
+
+
+@pytest.mark.parametrize("case", ["half", "float32 sum", "frozen head", "no gradients"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_chunks_are_larger_only_to_spare_a_float32_sum(case, reduction, monkeypatch):
+    if case == "float32 sum" and reduction == "none":
+        pytest.skip("takes no sum")
+    module = importlib.import_module("qwen3_kernels.ops.linear_cross_entropy")  # the package has the function
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    found, look = [], module._run
+    monkeypatch.setattr(module, "_run", lambda *args: found.append(args[-2]) or look(*args))
+    hidden, head = randn(2000, 512, dtype=torch.bfloat16).requires_grad_(), randn(40, 512, dtype=torch.bfloat16)
+    head.requires_grad_(case != "frozen head")
+    total = torch.zeros(head.shape, dtype=torch.float32, device=DEVICE) if case == "float32 sum" else None
+    with torch.set_grad_enabled(case != "no gradients"):
+        linear_cross_entropy(hidden, head, torch.zeros(2000, dtype=torch.int64, device=DEVICE), reduction=reduction,
+                             head_grad=total)
+    assert found[-1] == (512 if case == "half" else 256)  # before it come those of the self-check
 
 
 def test_default_chunk_of_float32_is_bounded_alone():

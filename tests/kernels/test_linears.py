@@ -52,8 +52,8 @@ def test_one_output_unused():
 
 
 PLACES = {  # where the gradients of 24, 8 and 8 columns lie in a tensor of 48
-    "side by side": ((0, 24, 32), 40), "in a wider row": ((0, 24, 32), 48), "swapped": ((0, 32, 24), 40), "apart": ((0, 24, 40), 48),
-    "overlapping": ((0, 16, 24), 40),
+    "side by side": ((0, 24, 32), 40), "in a wider row": ((0, 24, 32), 48), "swapped": ((0, 32, 24), 40),
+    "apart": ((0, 24, 40), 48), "overlapping": ((0, 16, 24), 40),
 }
 
 
@@ -69,6 +69,15 @@ def test_gradients_within_one_tensor(place, monkeypatch):
     got = torch.autograd.grad(linears(x, *ws), (x, *ws), dys)
     assert (found[0] is not None) == (place == "side by side")
     for g, want in zip(got, torch.autograd.grad([F.linear(x, w) for w in ws], (x, *ws), dys)):
+        torch.testing.assert_close(g, want, rtol=1e-12, atol=1e-12)
+
+
+def test_batched_gradients():
+    """As torch.autograd.functional.jacobian takes them with vectorize=True."""
+    x, ws = inputs(torch.float64)
+    dys = [torch.randn(3, 2, 5, len(w), dtype=torch.float64) for w in ws]
+    got = torch.autograd.grad(linears(x, *ws), (x, *ws), dys, is_grads_batched=True)
+    for g, want in zip(got, torch.autograd.grad([F.linear(x, w) for w in ws], (x, *ws), dys, is_grads_batched=True)):
         torch.testing.assert_close(g, want, rtol=1e-12, atol=1e-12)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from training.distill import DistillConfig
 from training.losses import Divergence, cross_entropy
 from training.memory import allocated
 from training.optim import OPTIMIZERS, STATES, Optimizer
+from training.recipes import cold_start, fusion, general_rl, reasoning_rl
+from training.recipes import distill as recipes_distill
 from training.rl import RLConfig
 from training.rollout import Request
 from training.samples import Sample, packs
@@ -279,3 +282,20 @@ def test_command_line(made, capsys):
     assert [line.split()[0] for line in lines] == list(POLICIES) and all("rollouts" in line for line in lines)
     with pytest.raises(SystemExit, match="error: .*nowhere"):
         stage_memory.main(["distill", *flags, "--teacher", "/nowhere"])
+
+
+RECIPES = {
+    "cold start": (FineTuning, cold_start.recipe), "fusion": (FineTuning, fusion.recipe),
+    "off-policy": (FineTuning, recipes_distill.off_policy), "on-policy": (Distillation, recipes_distill.on_policy),
+    "reasoning": (Reinforcement, lambda start, _, out: reasoning_rl.recipe(start, out)),
+    "general": (Reinforcement, lambda start, _, out: general_rl.recipe(start, out)),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_fit_the_smallest_model_on_80_gb(recipe):
+    step, make = RECIPES[recipe]
+    models = [Qwen3Config.from_name(n) for n in ("Qwen3-0.6B", "Qwen3-1.7B")[: 2 if step is Distillation else 1]]
+    student, *teacher = models
+    config = dataclasses.replace(make(*map(Path, "abc")), dtype="bfloat16")
+    assert step(config, student, "cuda", *teacher).peak().total < 0.95 * 80e9

@@ -25,6 +25,6 @@ def on_policy(teacher: Path, start: Path, out: Path, **changes: Any) -> DistillC
     return DistillConfig(**({
         "teacher": teacher, "start": start, "out": out, "families": GENERAL,
         "steps": 150, "groups": 64, "group_size": 2, "mini_batches": 1, "direction": "reverse",
-        "lr": 2e-6, "schedule": "wsd", "warmup": 5, "temperature": 1.0, "max_tokens": 8192, "max_prompt": 2048, "slots": 256,
-        "tokens_per_pack": 32_768, "workers": 8,
+        "lr": 2e-6, "schedule": "wsd", "warmup": 5, "temperature": 1.0, "max_tokens": 8192, "max_prompt": 2048, "slots": 32,
+        "tokens_per_pack": 16_384, "workers": 8,
     } | changes))

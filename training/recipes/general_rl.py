@@ -19,6 +19,6 @@ def recipe(start: Path, out: Path, **changes: Any) -> RLConfig:
         "start": start, "out": out, "families": GENERAL,
         "steps": 100, "groups": 128, "group_size": 8, "mini_batches": 4,
         "algorithm": "dapo", "lr": 1e-6, "schedule": "wsd", "warmup": 5,
-        "temperature": 1.0, "max_tokens": 8192, "max_prompt": 2048, "slots": 256, "tokens_per_pack": 32_768,
+        "temperature": 1.0, "max_tokens": 8192, "max_prompt": 2048, "slots": 32, "tokens_per_pack": 16_384,
         "entropy_band": (0.1, 0.8), "pass_band": (0.05, 0.95), "eval_every": 10, "workers": 8,
     } | changes))

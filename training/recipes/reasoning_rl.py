@@ -21,7 +21,7 @@ def recipe(start: Path, out: Path, **changes: Any) -> RLConfig:
         "steps": 170, "groups": 64, "group_size": 16, "mini_batches": 4,
         "algorithm": "dapo",  # GRPO with a loss per token and clip-higher; groups of one reward are dropped in any case
         "lr": 1e-6, "schedule": "wsd", "warmup": 5,
-        "temperature": 1.0, "max_tokens": 8192, "max_prompt": 1024, "slots": 256, "tokens_per_pack": 32_768,
+        "temperature": 1.0, "max_tokens": 8192, "max_prompt": 1024, "slots": 32, "tokens_per_pack": 16_384,
         "entropy_band": (0.1, 0.8), "pass_band": (0.05, 0.95), "raise_at": 0.6, "easy_share": 0.3,
         "eval_every": 10, "workers": 8,
     } | changes))
