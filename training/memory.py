@@ -244,7 +244,8 @@ class _Step:
 
     def chunk_tokens(self) -> int:
         m, dtype = self.model, DTYPES.get(self.config.dtype, torch.bfloat16)
-        rows = default_chunk(self.N, m.vocab_size, m.hidden_size, dtype, self.device == "cuda", sums=self.head > 0)
+        sums = self._fused_loss and self.head > 0
+        rows = default_chunk(self.N, m.vocab_size, m.hidden_size, dtype, self.device == "cuda", sums)
         return min(rows, self.N)
 
     @property
