@@ -29,6 +29,8 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=40)
     p.add_argument("--device", default="cuda")
     args = p.parse_args()
+    if args.steps < 20:
+        p.error(f"--steps is {args.steps}; expected at least 20: the first ten are not counted")
     model, rng = pretrain.named_model(args.model), np.random.default_rng(0)
     length, tokens = 8 * args.seq_len, (args.steps + 1) * args.rows * args.seq_len
     with tempfile.TemporaryDirectory() as folder:
@@ -37,7 +39,8 @@ def main() -> None:
         shards.write(data, documents, vocab_size=model.vocab_size, end_of_text=model.vocab_size - 1)
         config = Config(
             data=data, out=out, model=args.model, steps=args.steps, seq_len=args.seq_len, rows=args.rows, log_every=10,
-            save_every=args.steps, warmup=1, optimizer_states="bfloat16", dtype="bfloat16", device=args.device, tensorboard=False,
+            save_every=args.steps, warmup=1, optimizer_states="bfloat16", dtype="bfloat16", device=args.device,
+            tensorboard=False,
         )
         pretrain.train(config, model_config=model)
         speeds = [r["tokens_per_s"] for r in log.read_metrics(out) if r["kind"] == "speed"]

@@ -192,7 +192,8 @@ def test_trl_after_its_trainer_is_made_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "version, noted", [("0.29.1", True), ("1.6.0", True), ("1.14.2", True), ("1.14rc1", True), ("1.15.0.dev0", False), ("2.0", False)]
+    "version, noted",
+    [("0.29.1", True), ("1.6.0", True), ("1.14.2", True), ("1.14rc1", True), ("1.15.0.dev0", False), ("2.0", False)],
 )
 def test_a_trl_that_reads_logits_is_noted(version, noted, monkeypatch):
     """What it does with the patch is a TypeError; seen with 1.6 and 1.14."""

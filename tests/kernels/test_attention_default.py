@@ -11,6 +11,7 @@ from test_qk_norm_rope import table
 from qwen3_kernels import (
     attention, cross_entropy, dispatch, qk_norm_attention, qk_norm_rope, rms_norm, selfcheck, swiglu,
 )
+from qwen3_kernels.ops._flash import aligned
 from qwen3_kernels.ops.attention import attention_ref
 
 # On Hopper the first has kernels of ours, the others torch's: flash, and plain steps for the last.
@@ -152,6 +153,14 @@ def columns(big, first, *shape):
     view = big[:, first : first + width]
     view.copy_(torch.randn(ROWS, width))
     return view.view(ROWS, *shape)
+
+
+@pytest.mark.parametrize("start", [0, 1, 8])
+def test_aligned(start):
+    """Contiguous, but not from a 16-byte boundary on, is not enough."""
+    t = torch.arange(64, dtype=torch.bfloat16)[start:][:48].view(2, 3, 8)
+    found = aligned(t)
+    assert found.data_ptr() % 16 == 0 and torch.equal(found, t) and (found is t) == (start % 8 == 0)
 
 
 def large_offsets(name, big):
