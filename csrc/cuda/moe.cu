@@ -489,7 +489,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   constexpr bool kGathered = is_gathered(TASK) && !DENSE, kGradient = is_gradient(TASK);
   constexpr bool kTwoMaps = DENSE && TASK == Task::up;  // gate and up are tensors of their own
   constexpr bool kDeferred = sizeof(Out) == 2;  // 3 to 25 % faster than at once, where products stand still meanwhile
-  // Where own rows come by TMA the loader needs 56, but for what down_backward multiplies with.
+  // As the compiler allots them without a spill: a loader that copies rows needs 40, most others 56.
   constexpr int kRegisters = kDeferred && (kGathered || TASK == Task::up_backward || TASK == Task::down_backward) ? 232 : 224;
   constexpr int kLoaderRegisters = 3 * 168 - 2 * kRegisters;  // a thread of three warpgroups starts with 168
   extern __shared__ __align__(1024) uint8_t stages[];

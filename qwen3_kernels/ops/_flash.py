@@ -70,8 +70,9 @@ def _readable(t: Tensor) -> Tensor:
 
 
 def aligned(t: Tensor) -> Tensor:
-    """The tensor itself when it can be read in units of 16 bytes: D contiguous, all else in steps of 8 numbers."""
-    fits = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1])
+    """The tensor itself when it can be read in units of 16 bytes: D contiguous, all else in steps of 8 numbers, not of none."""
+    steps = zip(t.stride()[:-1], t.shape)
+    fits = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 and (s > 0 or n == 1) for s, n in steps)
     return t if fits else t.clone(memory_format=torch.contiguous_format)  # .contiguous() keeps one that begins in between
 
 

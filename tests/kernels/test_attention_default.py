@@ -163,6 +163,11 @@ def test_aligned(start):
     assert found.data_ptr() % 16 == 0 and torch.equal(found, t) and (found is t) == (start % 8 == 0)
 
 
+def test_aligned_copies_repeated_rows():
+    found = aligned(torch.arange(8, dtype=torch.bfloat16).expand(3, 8))
+    assert found.stride() == (8, 1) and torch.equal(found[2], torch.arange(8).bfloat16())
+
+
 def large_offsets(name, big):
     """(function of the differentiable inputs, those inputs) of an op; the inputs lie in ``big``."""
     def small(*shape):
