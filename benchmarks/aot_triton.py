@@ -119,6 +119,14 @@ def _cross_entropy(n: int, v: int, dtype: torch.dtype, dlse: bool) -> Callable[[
     return calls
 
 
+def _label_rows(n: int, h: int, v: int, dtype: torch.dtype) -> Callable[[], None]:
+    def calls():
+        op = dispatch.backend("linear_cross_entropy", "triton")
+        op.add_label_rows(meta(v, h, dtype=dtype), meta(n, h, dtype=dtype), meta(n, dtype=torch.int64), meta(n, dtype=FP32))
+
+    return calls
+
+
 def _linear_kl(n: int, v: int, dtype: torch.dtype, k: int = 0, grad: bool = True) -> Callable[[], None]:
     def calls():
         op = dispatch.backend("linear_kl", "triton")
@@ -227,6 +235,11 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "151936 bf16": _cross_entropy(8192, 151936, BF16, False),
         "151936 bf16 z-loss": _cross_entropy(8192, 151936, BF16, True),
         "151936 fp32": _cross_entropy(8192, 151936, FP32, False),
+    },
+    "linear_cross_entropy": {
+        "151936x1024 bf16": _label_rows(8192, 1024, 151936, BF16),
+        "151936x4096 bf16": _label_rows(65536, 4096, 151936, BF16),
+        "1001x40 fp16 odd": _label_rows(37, 40, 1001, torch.float16),
     },
     "linear_kl": {
         "151936 bf16": _linear_kl(512, 151936, BF16),

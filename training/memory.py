@@ -234,7 +234,7 @@ class _Step:
         # Fused: one bfloat16 tensor serves for both; the hidden states' gradient passes through float32. Else both are
         # float32, and bfloat16 has a rounded gradient, too.
         chunk = rows * V * (2 if fused else 8 if self.b == 4 else 10) + (8 * rows * D if fused else 0)
-        total = self.total(rows)
+        total = 0 if self.device == "cuda" else self.total(rows)  # there the labels' part of that gradient comes last
         # On the CPU a product is made before it is added.
         return total + (max(chunk, 2 * V * (rows + D)) if total and self.device == "cpu" else chunk)
 
