@@ -234,18 +234,18 @@ class _Step:
         # Fused: one bfloat16 tensor serves for both; the hidden states' gradient passes through float32. Else both are
         # float32, and bfloat16 has a rounded gradient, too.
         chunk = rows * V * (2 if fused else 8 if self.b == 4 else 10) + (8 * rows * D if fused else 0)
-        total = 0 if self.device == "cuda" else self.total(rows)  # there the labels' part of that gradient comes last
-        # On the CPU a product is made before it is added.
-        return total + (max(chunk, 2 * V * (rows + D)) if total and self.device == "cpu" else chunk)
+        total = self.total(rows)
+        return total + (max(chunk, 2 * V * (rows + D)) if total else chunk)  # a product is made before it is added
 
-    def total(self, rows: int) -> int:
-        """The sum of the head's gradient in float32, which then is rounded, over chunks of ``rows`` tokens."""
-        return 0 if self.b == 4 or self.N <= MAX_ROUNDED_CHUNKS * rows else 4 * self.head
+    def total(self, rows: int, labels: bool = True) -> int:
+        """The sum of the head's gradient in float32, which then is rounded, over chunks of ``rows`` tokens. The loss of
+        ``labels`` needs none on a GPU, where their part comes last."""
+        rounded = self.b == 4 or self.N <= MAX_ROUNDED_CHUNKS * rows or (labels and self.device == "cuda")
+        return 0 if rounded else 4 * self.head
 
     def chunk_tokens(self) -> int:
-        m, dtype = self.model, DTYPES.get(self.config.dtype, torch.bfloat16)
-        sums = self._fused_loss and self.head > 0
-        rows = default_chunk(self.N, m.vocab_size, m.hidden_size, dtype, self.device == "cuda", sums)
+        m, fused = self.model, self._fused_loss
+        rows = default_chunk(self.N, m.vocab_size, m.hidden_size, 2 if fused else 4, sums=fused and self.head > 0)
         return min(rows, self.N)
 
     @property

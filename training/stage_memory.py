@@ -214,7 +214,7 @@ class Distillation(Reinforcement):
         """Within `linear_kl`."""
         V, live = self.model.vocab_size, LIVE_LOGITS["triton" if self.device == "cuda" else "torch"][0]
         rows = min(chunk_size(self.N, V, 4 * live), self.N)
-        return 4 * live * rows * V + self.total(rows)
+        return 4 * live * rows * V + self.total(rows, labels=False)
 
 
 def passing(model: Qwen3Config, b: int) -> int:

@@ -135,6 +135,11 @@ def test_peak_of_a_loss_in_many_chunks(made, stage, dtype, monkeypatch):
     assert max(e.total for e in training) == pytest.approx(measured(step), rel=0.02)
 
 
+def test_labels_need_no_float32_sum_on_a_gpu(made):
+    step = dataclasses.replace(made("distill", "short", dtype="bfloat16", tokens_per_pack=1344, groups=7), device="cuda")
+    assert step.N > 4 * 256 and step.total(256) == 0 and step.total(256, labels=False) == 4 * step.head
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("states", STATES)
 @pytest.mark.parametrize("model", ["untied", "some experts"])
