@@ -452,6 +452,8 @@ __device__ inline void norm_rope_backward(float (&g)[32], const Turns& turns, in
   for (int i = 0; i < 32; ++i) g[i] = rstd * (g[i] - value(i) * rstd * mean);
 }
 
+int64_t finish_groups(int64_t heads) { return (heads + kFinishHeads - 1) / kFinishHeads; }  // of heads, a CTA each
+
 // A gradient from its sums, which lie as the threads of a warpgroup held them: of a thread's two rows, the first 128 threads here
 // have the first and the others the second. A CTA has 64 tokens and up to kFinishHeads heads, which share cosines and sines.
 template <bool PROLOGUE>
@@ -540,7 +542,7 @@ template <bool CAUSAL> void launch(const AttentionBackward& a, cudaStream_t stre
       heads_map(a, a.q, a.q_heads, kQueries), heads_map(a, a.k, a.k_heads, kKeys), heads_map(a, a.v, a.k_heads, kKeys),
       heads_map(a, a.dout, a.q_heads, kQueries), a, a.scale * kLog2e, sms);
   const auto finish = [&](auto kernel, const float* sums, int64_t heads, const Heads& grad, const NormRope& before) {
-    kernel<<<dim3(unsigned(2 * tiles), unsigned(attention_backward_shares(1, heads) / 2)), 256, 0, stream>>>(a, sums, int(heads), grad, before);
+    kernel<<<dim3(unsigned(2 * tiles), unsigned(finish_groups(heads))), 256, 0, stream>>>(a, sums, int(heads), grad, before);
   };
   if (a.prologue == nullptr) {
     finish(finish_kernel<false>, a.dq_sum, a.q_heads, a.dq, {});
@@ -558,7 +560,7 @@ int64_t attention_backward_tiles(bool packed, int64_t sequences, int64_t length)
 }
 
 int64_t attention_backward_shares(int64_t tiles, int64_t heads) {
-  return 2 * tiles * ((heads + kFinishHeads - 1) / kFinishHeads);
+  return 2 * tiles * finish_groups(heads);
 }
 
 void attention_backward(const AttentionBackward& a, uintptr_t stream) {

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import _cuda as core
 from ..cpu._core import rows
+from ..ops._flash import aligned
 from . import moe_experts
-from .attention import aligned
 
 DTYPES, CAPABILITY = moe_experts.DTYPES, moe_experts.CAPABILITY
 
