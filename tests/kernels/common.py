@@ -34,16 +34,14 @@ def check_error_rule(op, ref, backend: str, inputs: dict, **options) -> None:
     assert max(ratios) <= selfcheck.LIMIT, f"{op.__name__} on {backend}: errors {shown} times those of plain torch"
 
 
-def pooled_ratios(op, ref, backend: str, kernel: str, draws) -> list[float]:
-    """With the op ``kernel`` on ``backend``. The error ratio of each output and gradient over several draws taken together: of a handful of numbers alone, plain
-    torch's error is luck."""
+def pooled_ratios(op, ref, draws, plain=None) -> list[float]:
+    """The error ratio of each output and gradient over several draws taken together: of a handful of numbers alone, plain
+    torch's error is luck. ``plain``: what makes that error, by default ``ref``."""
     found = {"truth": [], "plain": [], "got": []}
     for inputs in draws:
         wide = {n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()}
-        found["truth"].append(selfcheck.outputs_and_grads(ref, wide))
-        found["plain"].append(selfcheck.outputs_and_grads(ref, inputs))
-        with dispatch.use(backend, kernel):
-            found["got"].append(selfcheck.outputs_and_grads(op, inputs))
+        for name, function, given in (("truth", ref, wide), ("plain", plain or ref, inputs), ("got", op, inputs)):
+            found[name].append(selfcheck.outputs_and_grads(function, given))
     pooled = {n: [torch.cat([t.flatten() for t in same]) for same in zip(*lists)] for n, lists in found.items()}
     return [selfcheck.error_ratio(*t) for t in zip(pooled["got"], pooled["plain"], pooled["truth"], strict=True)]
 

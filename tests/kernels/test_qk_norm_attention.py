@@ -1,6 +1,8 @@
+from functools import partial
+
 import pytest
 import torch
-from common import DEVICE, backends, check_repeatable, parametrize_dtype, randn
+from common import DEVICE, backends, check_repeatable, parametrize_dtype, pooled_ratios, randn
 from test_qk_norm_rope import table
 
 from qwen3_kernels import attention, dispatch, qk_norm_attention, qk_norm_rope, selfcheck
@@ -180,17 +182,13 @@ def test_what_runs_by_default_in_half_precision(dtype, width, lengths, logits):
     """On CUDA, Hopper's kernels in bfloat16 at a width of 128, else torch's; on the CPU, the compiled ones in bfloat16.
     Of large logits the error is that of the rounded heads, which ``ref`` has, too, and it is that of few queries: by how
     much a rounded probability adds to it or not is luck."""
-    plain = ref if logits == "1e4" else rounding
-    found = {"truth": [], "plain": [], "got": []}
-    for _ in range(3):
-        inputs = inputs_for((1, 130) if lengths is None else (130,), 4, 2, width, dtype, lengths=lengths)
-        inputs = with_logits_of_1e4(inputs) if logits == "1e4" else inputs
-        wide = {n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()}
-        assert logits == "usual" or ref(**inputs, scale=0.125, return_lse=True)[1].abs().max() > 1e4
-        for name, function, given in (("truth", ref, wide), ("plain", plain, inputs), ("got", op, inputs)):
-            found[name].append(selfcheck.outputs_and_grads(lambda **kw: function(**kw, scale=0.125), given))
-    pooled = {n: [torch.stack(same) for same in zip(*draws)] for n, draws in found.items()}
-    ratios = [selfcheck.error_ratio(*t) for t in zip(pooled["got"], pooled["plain"], pooled["truth"], strict=True)]
+    large = logits == "1e4"
+    draws = [inputs_for((1, 130) if lengths is None else (130,), 4, 2, width, dtype, lengths=lengths) for _ in range(3)]
+    if large:
+        draws = [with_logits_of_1e4(inputs) for inputs in draws]
+        assert all(ref(**inputs, scale=0.125, return_lse=True)[1].abs().max() > 1e4 for inputs in draws)
+    ours, truth, plain = (partial(function, scale=0.125) for function in (op, ref, ref if large else rounding))
+    ratios = pooled_ratios(ours, truth, draws, plain)
     assert max(ratios) <= selfcheck.LIMIT, ratios
 
 
