@@ -231,9 +231,9 @@ class _Step:
     def loss(self) -> int:
         """Within the loss: a chunk's logits and their gradient, and the sum of the head's."""
         V, D, rows, fused = self.model.vocab_size, self.model.hidden_size, self.chunk_tokens(), self._fused_loss
-        # Fused: one bfloat16 tensor serves for both; the hidden states' gradient passes through float32. Else both are
-        # float32, and bfloat16 has a rounded gradient, too.
-        chunk = rows * V * (2 if fused else 8 if self.b == 4 else 10) + (8 * rows * D if fused else 0)
+        # Fused: one bfloat16 tensor serves for both, the hidden states are there scaled, too, and their gradient passes through
+        # float32. Else both are float32, and bfloat16 has a rounded gradient, too.
+        chunk = rows * V * (2 if fused else 8 if self.b == 4 else 10) + (6 * rows * D if fused else 0)
         total = self.total(rows)
         return total + (max(chunk, 2 * V * (rows + D)) if total else chunk)  # a product is made before it is added
 

@@ -59,10 +59,16 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("linear_cross_entropy", [](int64_t n, int64_t h, int64_t v, TensorArg hidden, TensorArg head, uintptr_t labels,
                                    int64_t ignore_index, float inverse_temperature, float z_loss, uintptr_t weight,
                                    uintptr_t nll, uintptr_t lse, uintptr_t entropy, TensorArg unnormalised,
-                                   TensorArg scaled_hidden, uintptr_t row_scale, uintptr_t scratch, uintptr_t stream) {
+                                   TensorArg scaled_hidden, uintptr_t row_scale, uintptr_t label_factor, uintptr_t scratch,
+                                   uintptr_t stream) {
     cuda::linear_cross_entropy({n, h, v, rows(hidden), rows(head), pointer<int64_t>(labels), ignore_index,
                                 inverse_temperature, z_loss, pointer(weight), pointer(nll), pointer(lse), pointer(entropy),
-                                rows(unnormalised), rows(scaled_hidden), pointer(row_scale), pointer(scratch)}, stream);
+                                rows(unnormalised), rows(scaled_hidden), pointer(row_scale), pointer(label_factor), pointer(scratch)},
+                               stream);
+  });
+  m.def("head_gradient", [](int64_t n, int64_t h, int64_t v, TensorArg unnormalised, TensorArg scaled_hidden,
+                            TensorArg head_grad, bool add, uintptr_t stream) {
+    cuda::head_gradient(n, h, v, rows(unnormalised), rows(scaled_hidden), rows(head_grad), add, stream);
   });
   m.def("moe_up", [](PlanArg p, int64_t d, int64_t i, TensorArg x, ExpertsArg gate_up, TensorArg h, TensorArg a,
                      uintptr_t stream) {

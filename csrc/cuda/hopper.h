@@ -92,6 +92,18 @@ __device__ inline void bulk_add(float* dst, const void* src, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
                "r"(shared_address(src)), "r"(bytes) : "memory");
 }
+__device__ inline void tma_prefetch(const CUtensorMap* map, int x, int y) {  // into L2
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
+}
+// A box of a 2-d tensor from shared memory to global, or added to what is there, rounded to its dtype.
+__device__ inline void tma_store(const CUtensorMap* map, const void* src, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(shared_address(src)), "r"(x), "r"(y) : "memory");
+}
+__device__ inline void tma_add(const CUtensorMap* map, const void* src, int x, int y) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(shared_address(src)), "r"(x), "r"(y) : "memory");
+}
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ inline void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }  // the source is free
 __device__ inline void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }            // and the results are there
@@ -240,6 +252,8 @@ __device__ inline uint32_t pack_pair(float a, float b) {  // bf16, a in the lowe
   const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
   return reinterpret_cast<const uint32_t&>(pair);
 }
+
+__device__ inline float2 unpack_pair(uint32_t x) { return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)}; }
 
 // --- registers: a warpgroup gives some up, others take them
 template <int N> __device__ inline void registers_release() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }

@@ -5,7 +5,8 @@
 // product per token. Then, with rest = sum of e_j over j != label,
 //     nll = log1p(rest),     dlogits_j = e_j / (1 + rest),     dlogits_label = -rest / (1 + rest),
 // which keeps its relative accuracy when the probability of the label goes to 1. The factor 1 / (1 + rest) is constant
-// along a row, so it moves out of the two gradient GEMMs: dhidden = s (e @ head) and dhead = e^T @ (s hidden).
+// along a row, so it moves out of the two gradient GEMMs: dhidden = s (e @ head) and dhead = e^T @ (s hidden), with e = 0
+// at the label, whose part the caller adds to both in fp32.
 // Three GEMMs, each at the rate of a plain one, and one write and two reads of e per element of the logits.
 //
 // When rest overflows (a label 44 nats below the maximum), the blocks of rows concerned run again with the true row maximum
@@ -273,7 +274,7 @@ __global__ void raise_references(LinearCrossEntropy a, Scratch s) {
   if (lane == 0) s.reference[i] = fmaxf(top, s.label_logit[i]);
 }
 
-// The per-token results, the label's entry of the row, and the row factor of the gradient.
+// The per-token results, and the factors of the gradient: of the row, and of its label's entry.
 __global__ void finish(LinearCrossEntropy a, Scratch s) {
   const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   if (i >= a.n) return;
@@ -285,8 +286,8 @@ __global__ void finish(LinearCrossEntropy a, Scratch s) {
   const float own = expf(shift), total = own + rest;
   const float log_total = shift == 0 ? log1pf(rest) : logf(total);
   const float lse = s.reference[i] + log_total;
-  const float widened = 1 + 2 * a.z_loss * lse;
-  const float row_scale = ignored || !a.weight ? 0 : a.weight[i] * widened * a.inverse_temperature / total;
+  const float factor = ignored || !a.weight ? 0 : a.weight[i] * a.inverse_temperature / total;
+  const float row_scale = ignored ? 0 : factor * (1 + 2 * a.z_loss * lse);
   if (lane == 0) {
     a.nll[i] = ignored ? 0 : log_total - shift;
     a.lse[i] = ignored ? 0 : lse;
@@ -298,9 +299,7 @@ __global__ void finish(LinearCrossEntropy a, Scratch s) {
   if (!a.weight) return;
   if (lane == 0) {
     a.row_scale[i] = row_scale;
-    if (!ignored && label >= 0 && label < a.v)
-      static_cast<__nv_bfloat16*>(a.unnormalised.data)[i * a.unnormalised.stride + label] =
-          __float2bfloat16_rn((2 * a.z_loss * lse * own - rest) / widened);
+    a.label_factor[i] = ignored ? 0 : factor * (2 * a.z_loss * lse * own - rest);
   }
   const __nv_bfloat16* x = bf16_row(a.hidden, i);
   auto* out = static_cast<__nv_bfloat16*>(a.scaled_hidden.data) + i * a.scaled_hidden.stride;
@@ -316,22 +315,144 @@ __global__ void finish(LinearCrossEntropy a, Scratch s) {
   }
 }
 
+// --- the head's gradient
+//
+// head_grad^T in tiles like those of the logits: each CTA of a cluster has its own 128 rows of the vocabulary, both share
+// 256 columns of the hidden states. A chunk of few tokens is a short contraction for its results, so what matters is to keep
+// these off the multiplying warpgroups: they leave them in shared memory, rounded, and go on. TMA adds them in L2, which has
+// by then what they are added to: it was asked for bit by bit, not to hold up the operands (H 4096, chunks of 1,024 tokens:
+// 1.99 ms; asked for at once 2.23, not at all 2.32, read into shared memory 2.18 to 2.30, by torch 2.09; stored 1.87).
+constexpr int kGradStages = 3, kBox = 64 * 64 * 2;  // a box: 64 x 64 elements
+constexpr int kBoxesA = kTileM / 64, kBoxesB = kTileN / 64, kGradStage = (kBoxesA + kBoxesB) * kBox;
+constexpr int kGradShared = kGradStages * kGradStage + kConsumers * kBoxesB * kBox + 2 * kGradStages * 8;
+
+template <bool ADD>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
+    head_gradient_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_constant__ CUtensorMap hidden_map,
+                         const __grid_constant__ CUtensorMap out_map, int n, int h, int v) {
+  extern __shared__ __align__(1024) uint8_t stages[];
+  uint8_t* const results = stages + kGradStages * kGradStage;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(results + kConsumers * kBoxesB * kBox);
+  uint64_t* const empty = full + kGradStages;
+  const uint32_t rank = cluster_rank();
+  const int group = uniform(threadIdx.x / 128);
+  if (threadIdx.x == 0) {
+    tma_prefetch_map(&e_map);
+    tma_prefetch_map(&hidden_map);
+    tma_prefetch_map(&out_map);
+    for (int i = 0; i < kGradStages; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, 2 * kConsumers);
+    }
+    barrier_init_fence();
+  }
+  cluster_sync();
+
+  // The columns of a pair of row tiles come one after another: e, the larger operand, is read from memory but once.
+  const int columns = (h + kTileN - 1) / kTileN, total = blocks_of(v) * columns, steps = (n + 63) / 64;
+  int stage = 0;
+  uint32_t phase = 0;
+  const auto next_stage = [&] {
+    if (++stage == kGradStages) stage = 0, phase ^= 1;
+  };
+  if (group == 0) {
+    registers_release<40>();
+    if (threadIdx.x == 0) {
+      for (int t = blockIdx.x / 2; t < total; t += gridDim.x / 2) {
+        const int row = t / columns * kClusterRows + rank * kTileM, column = t % columns * kTileN;
+        for (int k = 0, old = 0; k < steps; ++k) {
+          if (ADD)
+            for (; old * steps < (k + 1) * kBoxesA * kBoxesB; ++old)
+              tma_prefetch(&out_map, column + old % kBoxesB * 64, row + old / kBoxesB * 64);
+          uint8_t* const a = stages + stage * kGradStage;
+          uint8_t* const b = a + (kBoxesA + rank * (kBoxesB / 2)) * kBox;
+          barrier_wait(empty + stage, phase ^ 1);
+          barrier_expect_bytes(full + stage, kGradStage);
+#pragma unroll
+          for (int i = 0; i < kBoxesA; ++i) tma_load(a + i * kBox, &e_map, full + stage, row + 64 * i, k * 64);
+#pragma unroll
+          for (int i = 0; i < kBoxesB / 2; ++i)
+            tma_load_multicast(b + i * kBox, &hidden_map, full + stage, column + rank * (kTileN / 2) + 64 * i, k * 64, 3);
+          next_stage();
+        }
+      }
+    }
+  } else {
+    registers_take<232>();
+    const int consumer = group - 1;
+    uint8_t* const mine = results + consumer * kBoxesB * kBox;
+    // Where the lane's row of a 16 x 16 block goes in a box, before the swizzle: lanes 0 to 15 point to the rows of its left
+    // half, the others to those of its right one.
+    const int line = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16, half = threadIdx.x % 32 / 16;
+    const uint32_t place = shared_address(mine) + line * 128;
+    float acc[128];
+    for (int t = blockIdx.x / 2; t < total; t += gridDim.x / 2) {
+      const int row = t / columns * kClusterRows + rank * kTileM + consumer * 64, column = t % columns * kTileN;
+      int before = 0;
+      for (int k = 0; k < steps; ++k) {
+        barrier_wait(full + stage, phase);
+        const uint8_t* const a = stages + stage * kGradStage;
+        const uint64_t da = matrix_descriptor_transposed(a + consumer * kBox, kBox);
+        const uint64_t db = matrix_descriptor_transposed(a + kBoxesA * kBox, kBox);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) wgmma_m64n256k16<1, 1>(acc, da + 128 * i, db + 128 * i, k > 0 || i > 0);
+        wgmma_commit();
+        if (k > 0) {
+          wgmma_wait<1>();
+          if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + before, threadIdx.x % 128);
+        }
+        before = stage;
+        next_stage();
+      }
+      if (threadIdx.x % 128 == 0) bulk_wait_read();  // the results of the tile before have left
+      named_sync(1 + consumer, 128);
+      wgmma_wait<0>();
+      if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + before, threadIdx.x % 128);
+#pragma unroll
+      for (int i = 0; i < kTileN / 16; ++i) {
+        uint32_t r[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) r[j] = pack_pair(acc[8 * i + 2 * j], acc[8 * i + 2 * j + 1]);
+        store_matrices(place + i / 4 * kBox + ((i % 4 * 2 + half) ^ line % 8) * 16, r);
+      }
+      async_proxy_fence();
+      named_sync(1 + consumer, 128);
+      if (threadIdx.x % 128 == 0) {
+#pragma unroll
+        for (int i = 0; i < kBoxesB; ++i) {
+          if (ADD) tma_add(&out_map, mine + i * kBox, column + 64 * i, row);
+          else tma_store(&out_map, mine + i * kBox, column + 64 * i, row);
+        }
+        bulk_commit();
+      }
+    }
+    if (threadIdx.x % 128 == 0) bulk_wait_read();
+  }
+  cluster_sync();  // a CTA must not leave while its partner may still signal its barriers
+}
+
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("linear_cross_entropy: ") + cudaGetErrorString(error));
 }
 
-template <Mode MODE> void launch_logits(const LinearCrossEntropy& a, const Scratch& s, bool only_redo, cudaStream_t stream) {
-  static const int sms = [] {
+// Launches a persistent kernel of clusters of two.
+template <auto KERNEL, class... Args> void launch(int shared, cudaStream_t stream, const Args&... args) {
+  static const int sms = [shared] {
     int device = 0, count = 0;
     check(cudaGetDevice(&device));
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    check(cudaFuncSetAttribute(logits_kernel<MODE>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+    check(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     return count;
   }();
+  KERNEL<<<sms / 2 * 2, kThreads, shared, stream>>>(args...);
+  check(cudaGetLastError());
+}
+
+template <Mode MODE> void launch_logits(const LinearCrossEntropy& a, const Scratch& s, bool only_redo, cudaStream_t stream) {
   const CUtensorMap hidden = tensor_map(a.hidden.data, a.n, a.h, a.hidden.stride, kTileM);
   const CUtensorMap head = tensor_map(a.head.data, a.v, a.h, a.head.stride, kTileN / 2);
-  logits_kernel<MODE><<<sms / 2 * 2, kThreads, kShared, stream>>>(hidden, head, a, s, only_redo);
-  check(cudaGetLastError());
+  launch<logits_kernel<MODE>>(kShared, stream, hidden, head, a, s, only_redo);
 }
 
 void launch_exponentials(const LinearCrossEntropy& a, const Scratch& s, bool only_redo, cudaStream_t stream) {
@@ -357,6 +478,18 @@ void linear_cross_entropy(const LinearCrossEntropy& a, uintptr_t stream_handle) 
   launch_exponentials(a, s, true, stream);
   finish<<<grid, 256, 0, stream>>>(a, s);
   check(cudaGetLastError());
+}
+
+void head_gradient(int64_t n, int64_t h, int64_t v, Rows unnormalised, Rows scaled_hidden, Rows head_grad, bool add,
+                   uintptr_t stream) {
+  if (h % 8 != 0 || v % 8 != 0)
+    throw std::invalid_argument("head_gradient: the hidden size and the vocabulary must be multiples of 8");
+  const CUtensorMap e = tensor_map(unnormalised.data, n, v, unnormalised.stride, 64);
+  const CUtensorMap x = tensor_map(scaled_hidden.data, n, h, scaled_hidden.stride, 64);
+  const CUtensorMap out = tensor_map(head_grad.data, v, h, head_grad.stride, 64);
+  const auto run = add ? launch<head_gradient_kernel<true>, CUtensorMap, CUtensorMap, CUtensorMap, int, int, int>
+                       : launch<head_gradient_kernel<false>, CUtensorMap, CUtensorMap, CUtensorMap, int, int, int>;
+  run(kGradShared, reinterpret_cast<cudaStream_t>(stream), e, x, out, int(n), int(h), int(v));
 }
 
 }  // namespace qwen3::cuda

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+class ChunkGrads(NamedTuple):
+    """What the gradients of n tokens are made of: u @ head and u.T @ hidden, or where there is an ``s``
+
+    dhidden = s · (u @ head) + own · head[labels],    dhead = u.T @ x + the sum of own · hidden in each label's row
+    """
+
+    u: Tensor  # [n, V]
+    x: Tensor  # [n, H]
+    s: Tensor | None = None  # [n] float32
+    own: Tensor | None = None  # [n] float32
+
+
 def chunk(
     kernels: ModuleType, hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int,
     inverse_temperature: float, z_loss: float, nll: Tensor, lse: Tensor, entropy: Tensor | None,
-) -> tuple[Tensor, None, Tensor] | None:
+) -> ChunkGrads | None:
     """See `linear_cross_entropy`; ``kernels`` has the forward and backward of ``cross_entropy``."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         logits = torch.mm(hidden, head.T, out_dtype=torch.float32)
@@ -35,7 +48,7 @@ def chunk(
     dlogits = kernels.backward(weight, dlse, logits, labels, found_lse, ignore_index)
     if inverse_temperature != 1:
         dlogits *= inverse_temperature
-    return dlogits.to(hidden.dtype), None, hidden
+    return ChunkGrads(dlogits.to(hidden.dtype), hidden)
 
 
 def _forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

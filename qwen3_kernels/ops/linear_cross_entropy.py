@@ -10,6 +10,7 @@ Sources: the chunked form is that of Liger (Hsu et al. 2024, arXiv 2410.10989, s
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ from ._check import floating, require, same_device, same_dtype
 
 REDUCTIONS = ("mean", "sum", "num_items", "none")
 # Bytes of one chunk's logits, but see `default_chunk`: 2,048 tokens of Qwen3's vocabulary in bf16. A chunk reads and writes
-# the whole gradient of the head once more, so larger ones are faster: 8,192 tokens of width 1024 took 11.9, 11.4, 10.7 ms
-# in chunks of 768, 1024, 2048 on an H100, of width 4096 48.0, 44.6, 44.3 ms.
+# the whole gradient of the head once more, so larger ones are faster: 8,192 tokens of width 1024 took 11.8 and 10.5 ms in
+# chunks of 768 and 2,048 on an H100.
 CHUNK_BYTES = 640 << 20
 # More chunks than this are summed in float32, unless the labels' part of the head's gradient is added last. In bf16 every
 # addition rounds that gradient again: 1.6, 1.9, 2.5, 3.7 times the error of plain torch after 1, 4, 11, 32 chunks, 1.6 in
@@ -79,8 +80,8 @@ def linear_cross_entropy(
         float32: the loss, a scalar or [...] for "none"; with ``return_stats`` the pair (loss, stats).
 
     FLOPs: 2·N·H·V for the loss, 6·N·H·V with gradients (8·N·H·V for "none"). Memory beyond inputs and gradients: one
-    chunk's logits and, on a CPU or with ``head_grad`` and more than `MAX_ROUNDED_CHUNKS` chunks of a half precision, a
-    float32 gradient of the head until it is rounded; only the per-token results grow with N.
+    chunk's logits and, on a CPU or with ``head_grad`` and more than `MAX_ROUNDED_CHUNKS` chunks of a half precision, the
+    sum of the head's gradient (float32 on a CPU) until it is rounded; only the per-token results grow with N.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or options that do not fit. IndexError (CPU): a label out of range; on CUDA
@@ -168,40 +169,40 @@ def default_chunk(N: int, V: int, H: int, logit_bytes: int, sums: bool) -> int:
     """Tokens in a chunk by default. ``sums``: whether the chunks are those of the compiled kernel, which holds nothing but 2
     bytes a logit, and add up to a new gradient of the head in bfloat16.
 
-    Up to 8,192 tokens a chunk's logits are then at most three quarters of that gradient, which is there anyway: 768 of
-    width 1024. More tokens come in four chunks or as many as take twice `CHUNK_BYTES`, since each chunk reads and writes
-    the gradient: 16,384 tokens of width 2048 took 43.5 ms in four chunks on an H100, 48.3 in eight.
+    Up to 8,192 tokens a chunk's logits are then at most three quarters of that gradient, which is there anyway: 768 tokens
+    of width 1024; and at most half of `CHUNK_BYTES`: at width 4096 chunks of 1,024 and 2,048 tokens took 43.5 and 43.6 ms on
+    an H100, with 0.34 GB between them. More tokens come in four chunks or as many as take twice `CHUNK_BYTES`, since each
+    chunk reads and writes the gradient: 16,384 tokens of width 2048 took 43.5 ms in four chunks, 48.3 in eight.
     """
     if not sums:
         return chunk_size(N, V, logit_bytes)
     if N <= 8192:
-        return chunk_size(N, V, logit_bytes, min(CHUNK_BYTES, 3 * V * H // 2))
+        return chunk_size(N, V, logit_bytes, min(CHUNK_BYTES // 2, 3 * V * H // 2))
     return chunk_size(N, V, logit_bytes, min(2 * CHUNK_BYTES, -(-N // 1024) * 256 * V * logit_bytes))
 
 
 # --- The computation, shared by all backends.
 #
 # A backend's ``chunk(hidden, head, labels, weight, ignore_index, inverse_temperature, z_loss, nll, lse, entropy)`` writes
-# the per-token results and returns, when ``weight`` is given, (u [n, V], s [n] or None, x [n, H]) with
-# dhidden = s · (u @ head) and dhead = u.T @ x.
+# the per-token results and returns, when ``weight`` is given, `ChunkGrads`.
 
 
 def _run(
     hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor | None, dhidden: Tensor | None, dhead: Tensor | None,
     ignore_index: int, temperature: float, z_loss: float, with_entropy: bool, rows: int, backend: str, adds: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(nll, lse, entropy [N] float32 or [0]). Writes dhidden, adds to dhead, which is zero unless ``adds``."""
+    """(nll, lse, entropy [N] float32 or [0]). Writes dhidden and dhead, or with ``adds`` adds to the latter."""
     N = hidden.shape[0]
     hidden, head, labels = hidden.contiguous(), head.contiguous(), labels.contiguous()
-    if backend == "torch":
-        chunk = functools.partial(_through_logits.chunk, _through_logits.plain)
-    else:
-        chunk = dispatch.backend("linear_cross_entropy", backend).chunk
+    kernels = None if backend == "torch" else dispatch.backend("linear_cross_entropy", backend)
+    chunk = functools.partial(_through_logits.chunk, _through_logits.plain) if kernels is None else kernels.chunk
     nll, lse = (torch.empty(N, dtype=torch.float32, device=hidden.device) for _ in range(2))
     entropy = torch.empty(N if with_entropy else 0, dtype=torch.float32, device=hidden.device)
     wants = dhidden is not None or dhead is not None
-    total, last = None, not adds and _labels_last(dhead)
-    label_factor = torch.empty(N if last else 0, dtype=torch.float32, device=hidden.device)
+    last = dhead is not None and _labels_last(hidden)
+    own = torch.empty(N if last else 0, dtype=torch.float32, device=hidden.device)
+    total = None if dhead is None else _total_for(dhead, N, rows, last, adds)
+    product = getattr(kernels, "add_product", _add_product)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         grads = chunk(
@@ -210,55 +211,60 @@ def _run(
         )
         if not wants:
             continue
-        u, s, x = grads
-        if dhidden is not None and s is None:
-            torch.mm(u, head, out=dhidden[part])
-        elif dhidden is not None:  # in fp32 until it is scaled, so that it is rounded once
-            dhidden[part] = torch.mm(u, head, out_dtype=torch.float32) * s.unsqueeze(1)
+        if dhidden is not None and grads.s is None:
+            torch.mm(grads.u, head, out=dhidden[part])
+        elif dhidden is not None:  # in fp32 until all is added, so that it is rounded once
+            _label_rows().finish_hidden(
+                dhidden[part], torch.mm(grads.u, head, out_dtype=torch.float32), grads.s, grads.own, head, labels[part]
+            )
         if dhead is not None:
-            if total is None:
-                total = dhead if last else _total_for(dhead, N, rows)
             if last:
-                label_factor[part] = _take_labels(u, s, labels[part])
-            _add_product(total, u.T, x)
-        del grads, u, x  # before the next chunk's are made
+                own[part] = _take_labels(grads.u, labels[part]) if grads.own is None else grads.own
+            product(total, grads.u.T, grads.x, start > 0 or (adds and total is dhead))
+        del grads  # before the next chunk's are made
+    if total is not dhead:
+        dhead.add_(total) if adds else dhead.copy_(total)
     if last:
-        from ..triton.linear_cross_entropy import add_label_rows
-
-        add_label_rows(dhead, hidden, labels, label_factor)
-    elif total is not None and total is not dhead:
-        dhead += total
+        _label_rows().add_label_rows(dhead, hidden, labels, own)
     return nll, lse, entropy
 
 
-def _labels_last(dhead: Tensor | None) -> bool:
+def _label_rows() -> ModuleType:
+    from ..triton import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def _labels_last(hidden: Tensor) -> bool:
     """Whether the labels' part of the head's gradient is added after all chunks: see `MAX_ROUNDED_CHUNKS`."""
-    return dhead is not None and dhead.is_cuda and dhead.dtype.itemsize < 4
+    return hidden.is_cuda and hidden.dtype.itemsize < 4
 
 
-def _take_labels(u: Tensor, s: Tensor | None, labels: Tensor) -> Tensor:
+def _take_labels(u: Tensor, labels: Tensor) -> Tensor:
     """What a token's hidden state has in the gradient of its label's row, float32 [n]; in ``u`` it is 0 from here on."""
     at = labels.clamp(0, u.shape[1] - 1).unsqueeze(1)  # an ignored token has zeros everywhere, one out of range NaN
-    factor = u.gather(1, at).squeeze(1).float()
+    own = u.gather(1, at).squeeze(1).float()
     u.scatter_(1, at, 0)
-    return factor if s is None else factor * s
+    return own
 
 
-def _total_for(dhead: Tensor, N: int, rows: int) -> Tensor:
-    """Where the chunks' products are summed: see `MAX_ROUNDED_CHUNKS`."""
-    if dhead.dtype.itemsize >= 4 or -(-N // rows) <= MAX_ROUNDED_CHUNKS:
+def _total_for(dhead: Tensor, N: int, rows: int, labels_last: bool = False, adds: bool = False) -> Tensor:
+    """Where the chunks' products are summed, not initialised if it is not ``dhead``: see `MAX_ROUNDED_CHUNKS`. With ``adds``
+    dhead has labels' parts of calls before."""
+    if dhead.dtype.itemsize >= 4 or -(-N // rows) <= MAX_ROUNDED_CHUNKS or (labels_last and not adds):
         return dhead
-    return torch.zeros(dhead.shape, dtype=torch.float32, device=dhead.device)
+    return torch.empty(dhead.shape, dtype=dhead.dtype if labels_last else torch.float32, device=dhead.device)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; the product of bf16 is added to a float32 total without being rounded first, where torch can."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """total = a @ b, plus what it was with ``add``; the product of bf16 is added to a float32 total without being rounded
+    first, where torch can."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b) if add else torch.mm(a, b, out=total)
     elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, beta=1.0 if add else 0.0, out_dtype=total.dtype, out=total)
     else:
-        total.add_(a @ b)
+        total.add_(a @ b) if add else total.copy_(a @ b)
 
 
 def _token_loss(nll: Tensor, lse: Tensor, z_loss: float) -> Tensor:
@@ -301,8 +307,8 @@ def _(dloss_N, hidden_NH, head_VH, labels_N, want_hidden, want_head, ignore_inde
 
 
 def _gradients(hidden: Tensor, head: Tensor, want_hidden: bool, want_head: bool) -> tuple[Tensor | None, Tensor | None]:
-    return (torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if want_hidden else None,
-            torch.zeros(head.shape, dtype=head.dtype, device=head.device) if want_head else None)
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) if want else None
+                 for t, want in ((hidden, want_hidden), (head, want_head)))
 
 
 def _per_token_context(ctx, inputs, output):
