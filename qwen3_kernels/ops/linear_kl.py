@@ -228,6 +228,8 @@ def _reduced(
         del grad  # before the next chunk's is made
     if total is not dhead:
         dhead.copy_(total)
+    if N == 0 and want_head:
+        dhead.zero_()
     empty = hidden_NH.new_empty
     return (kl * weight_N).sum(), kl, empty(0) if dhidden is None else dhidden, empty(0) if dhead is None else dhead
 

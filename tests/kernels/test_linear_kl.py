@@ -166,6 +166,16 @@ def test_temperature_mask_and_num_items(backend, direction, top):
           num_items=11.0)
 
 
+@parametrize_backend
+@parametrize_dtype
+@parametrize_teacher
+def test_no_tokens(backend, dtype, top):
+    x, teacher = inputs_for(dtype, top, N=0)
+    with dispatch.use(backend, OP):
+        loss, dhidden, dhead = selfcheck.outputs_and_grads(lambda **kw: linear_kl(**kw, **teacher), x)
+    assert loss == 0 and dhidden.shape == x["hidden"].shape and torch.equal(dhead, torch.zeros_like(dhead))
+
+
 @parametrize_direction
 @parametrize_teacher
 def test_gradcheck(direction, top):
