@@ -122,7 +122,10 @@ def _cross_entropy(n: int, v: int, dtype: torch.dtype, dlse: bool) -> Callable[[
 def _label_rows(n: int, h: int, v: int, dtype: torch.dtype) -> Callable[[], None]:
     def calls():
         op = dispatch.backend("linear_cross_entropy", "triton")
-        op.add_label_rows(meta(v, h, dtype=dtype), meta(n, h, dtype=dtype), meta(n, dtype=torch.int64), meta(n, dtype=FP32))
+        head, hidden, product = meta(v, h, dtype=dtype), meta(n, h, dtype=dtype), meta(n, h, dtype=FP32)
+        labels, own = meta(n, dtype=torch.int64), meta(n, dtype=FP32)
+        op.add_label_rows(head, hidden, labels, own)
+        op.finish_hidden(hidden, product, own, own, head, labels)
 
     return calls
 

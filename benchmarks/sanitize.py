@@ -34,9 +34,10 @@ def cases(op: str, device: str, dtype: torch.dtype) -> Iterator[Case]:
             "x": rand(300, 72), "gate_up": rand(4, 400, 72) / 8, "down": rand(4, 72, 200) / 14, "ids": ids,
             "weights": torch.rand(300, 2, generator=g).to(device),
         }
-    if op == "linear_cross_entropy":  # two chunks, whose gradient of a wide head is a kernel of its own
-        yield functools.partial(selfcheck.PAIRS[op][0], chunk_tokens=256), {
-            "hidden": rand(300, 2056), "head": rand(520, 2056) / 45, "labels": torch.randint(520, (300,), generator=g).to(device),
+    if op == "linear_cross_entropy":  # two chunks of a wide head; more tiles than clusters at a time
+        yield functools.partial(selfcheck.PAIRS[op][0], chunk_tokens=300), {
+            "hidden": rand(500, 2056), "head": rand(9000, 2056) / 45,
+            "labels": torch.randint(9000, (500,), generator=g).to(device),
         }
     if op == "attention":
         angle = torch.rand(300, 64, generator=g) * 100

@@ -1,9 +1,8 @@
 """Losses through a head of Qwen3's vocabulary: linear_cross_entropy at the widths of the 0.6B and 8B models and over many
 tokens, linear_kl from a 1.7B teacher to a 0.6B student.
 
-The peak of the long cases is that of 8,192 tokens, but for the gradient of the hidden states (2·T·H bytes), the float32 sum
-of the head's gradient that more than `MAX_ROUNDED_CHUNKS` chunks take (4·V·H) and twice the bytes a chunk (`default_chunk`);
-between the two long ones only the first differs.
+The peak of the long cases is higher than that of 8,192 tokens by the gradient of the hidden states (2·T·H bytes) and larger
+chunks (`default_chunk`: 4,096 tokens for 768); between the two long ones only the first differs.
 """
 
 from __future__ import annotations

@@ -273,13 +273,7 @@ CUtensorMap heads_map(const Attention& a, const Heads& x, int64_t heads) {
 }
 
 template <bool CAUSAL> void launch(const Attention& a, cudaStream_t stream) {
-  static const int sms = [] {
-    int device = 0, count = 0;
-    check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    check(cudaFuncSetAttribute(forward_kernel<CAUSAL>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-    return count;
-  }();
+  const int sms = multiprocessors_for<forward_kernel<CAUSAL>>(kShared);
   const int64_t blocks = (a.length + kQueries - 1) / kQueries;
   const int64_t tiles = (a.cu_seqlens ? a.length / kQueries + a.sequences : blocks * a.sequences) * a.q_heads;
   if (tiles > INT32_MAX) throw std::invalid_argument("attention: more than 2^31 tiles of 128 queries and a head");

@@ -526,13 +526,7 @@ CUtensorMap heads_map(const AttentionBackward& a, const Heads& x, int64_t heads,
 }
 
 template <bool CAUSAL> void launch(const AttentionBackward& a, cudaStream_t stream) {
-  static const int sms = [] {
-    int device = 0, count = 0;
-    check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    check(cudaFuncSetAttribute(backward_kernel<CAUSAL>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-    return count;
-  }();
+  const int sms = multiprocessors_for<backward_kernel<CAUSAL>>(kShared);
   const int64_t tiles = attention_backward_tiles(a.cu_seqlens != nullptr, a.sequences, a.length);
   if (tiles * a.q_heads > INT32_MAX / 2) throw std::invalid_argument("attention: more than 2^30 tiles of 128 queries and a head");
   const int64_t blocks = (a.length + kKeys - 1) / kKeys, half = (blocks + 1) / 2;

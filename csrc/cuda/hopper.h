@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -258,6 +260,24 @@ __device__ inline float2 unpack_pair(uint32_t x) { return {__uint_as_float(x << 
 // --- registers: a warpgroup gives some up, others take them
 template <int N> __device__ inline void registers_release() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> __device__ inline void registers_take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+
+// --- host side: launches
+
+// The current device's multiprocessors. KERNEL may use `shared` bytes there from here on: that is said to every device once.
+template <auto KERNEL> int multiprocessors_for(int shared) {
+  static std::mutex lock;
+  static std::map<int, int> known;
+  const auto check = [](cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  };
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> guard(lock);
+  if (const auto at = known.find(device); at != known.end()) return at->second;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  check(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  return known[device] = count;
+}
 
 // --- host side: maps of row-major bf16 tensors, read in boxes 64 elements wide with the 128-byte swizzle
 

@@ -353,7 +353,7 @@ __global__ void finish(LinearCrossEntropy a, Scratch s) {
 // 256 columns of the hidden states. A chunk of few tokens is a short contraction for its results, so what matters is to keep
 // these off the multiplying warpgroups: they leave them in shared memory, rounded, and go on. TMA adds them in L2, which has
 // by then what they are added to: it was asked for bit by bit, not to hold up the operands (H 4096, chunks of 1,024 tokens:
-// 1.99 ms; asked for at once 2.23, not at all 2.32, read into shared memory 2.18 to 2.30, by torch 2.09; stored 1.87).
+// 2.00 ms; asked for at once 2.23, not at all 2.32, read into shared memory 2.18 to 2.30, by torch 2.11; stored 1.87).
 constexpr int kGradStages = 3, kBox = 64 * 64 * 2;  // a box: 64 x 64 elements
 constexpr int kBoxesA = kTileM / 64, kBoxesB = kTileN / 64, kGradStage = (kBoxesA + kBoxesB) * kBox;
 constexpr int kGradShared = kGradStages * kGradStage + kConsumers * kBoxesB * kBox + 2 * kGradStages * 8;
@@ -470,13 +470,7 @@ void check(cudaError_t error) {
 
 // Launches a persistent kernel of clusters of two.
 template <auto KERNEL, class... Args> void launch(int shared, cudaStream_t stream, const Args&... args) {
-  static const int sms = [shared] {
-    int device = 0, count = 0;
-    check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    check(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    return count;
-  }();
+  const int sms = multiprocessors_for<KERNEL>(shared);
   KERNEL<<<sms / 2 * 2, kThreads, shared, stream>>>(args...);
   check(cudaGetLastError());
 }

@@ -726,13 +726,7 @@ void check_width(const char* name, int64_t width) {
 template <Task TASK, class Out = bf16, bool DENSE = false>
 void launch(const CUtensorMap& own, const CUtensorMap& shared, const Gemm& g, uintptr_t stream, const CUtensorMap& second = {}) {
   constexpr auto kernel = gemm_kernel<TASK, Out, DENSE>;
-  static const int sms = [] {
-    int device = 0, count = 0;
-    check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
-    return count;
-  }();
+  const int sms = multiprocessors_for<kernel>(kSharedMemory);
   kernel<<<sms / 2 * 2, kThreads, kSharedMemory, reinterpret_cast<cudaStream_t>(stream)>>>(own, shared, second, g);
   check(cudaGetLastError());
 }

@@ -31,7 +31,9 @@ def test_every_kernel_of_every_op_is_compiled(rows):
     ops = ("rms_norm", "qk_norm_rope", "swiglu", "cross_entropy", "moe_router")
     assert found == {(op, kernel) for op in ops for kernel in STREAMING} | {
         (op, "sum_partials_kernel") for op in ("rms_norm", "qk_norm_rope", "moe_router")
-    } | {("linear_cross_entropy", "label_rows_kernel")} | {("linear_kl", f"{kernel}_kernel") for kernel in ("kl", "mass", "share")} | {
+    } | {("linear_cross_entropy", f"{kernel}_kernel") for kernel in ("label_rows", "finish_hidden")} | {
+        ("linear_kl", f"{kernel}_kernel") for kernel in ("kl", "mass", "share")
+    } | {
         ("moe_router", kernel) for kernel in ("count_kernel", "place_kernel")
     } | {
         ("moe_experts", f"{kernel}_kernel") for kernel in

@@ -131,3 +131,16 @@ def test_compiled_graphs_follow_use():
     torch._dynamo.reset()
     with dispatch.use("torch"):
         torch.testing.assert_close(compiled(), rms_norm(x, w))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("op", selfcheck.PAIRS)
+def test_a_second_gpu_in_one_process_gives_the_same(op):
+    function, _ = selfcheck.PAIRS[op]
+    inputs = selfcheck.inputs_for(op, "cuda", torch.bfloat16)
+    first, second = (
+        selfcheck.outputs_and_grads(function, {n: t.to(f"cuda:{i}") for n, t in inputs.items()}) for i in (0, 1)
+    )
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.cpu(), b.cpu())

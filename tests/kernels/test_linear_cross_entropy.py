@@ -1,10 +1,13 @@
+import functools
 import importlib
+import types
 
 import pytest
 import torch
 from common import DEVICE, check_error_rule, check_repeatable, parametrize_dtype, randn
 
 from qwen3_kernels import dispatch, linear_cross_entropy, selfcheck
+from qwen3_kernels.ops._through_logits import ChunkGrads
 from qwen3_kernels.ops.linear_cross_entropy import CHUNK_BYTES, default_chunk, linear_cross_entropy_ref
 
 OP = "linear_cross_entropy"
@@ -35,6 +38,19 @@ def test_every_backend_of_this_machine_is_tested():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_error_rule(backend, dtype, shape, reduction):
     check_error_rule(linear_cross_entropy, linear_cross_entropy_ref, backend, inputs_for(*shape, dtype), reduction=reduction)
+
+
+@parametrize
+@pytest.mark.parametrize("H", [64, 1088] if DEVICE == "cuda" else [64])
+@pytest.mark.parametrize("stats", [False, True])
+def test_error_rule_over_many_tiles(backend, dtype, H, stats):
+    """More tiles of the Hopper kernel than an H100 works on at a time: those before a CTA's last are stored late."""
+    def op(**inputs):
+        loss = linear_cross_entropy(**inputs, reduction="sum", return_stats=stats)
+        return loss[0] if stats else loss
+
+    ref = functools.partial(linear_cross_entropy_ref, reduction="sum")
+    check_error_rule(op, ref, backend, inputs_for(600 if DEVICE == "cuda" else 60, H, 9000, dtype))
 
 
 @parametrize
@@ -162,7 +178,7 @@ def selfcheck_cotangent():
 
 
 @parametrize
-@pytest.mark.parametrize("H, chunk_tokens", [(32, None), (32, 2), (2064, 2)])
+@pytest.mark.parametrize("H, chunk_tokens", [(32, None), (32, 2), (2064, 2), (2064, 6)])
 def test_head_gradient_is_added_in_place(backend, dtype, H, chunk_tokens):
     inputs = inputs_for(24, H, 64, dtype)
     for buffer_dtype in {dtype, torch.float32}:
@@ -178,7 +194,8 @@ def test_head_gradient_is_added_in_place(backend, dtype, H, chunk_tokens):
                 grads.append(hidden.grad)
             assert leaf.grad is None and all(g.abs().sum() > 0 for g in grads)
         wide = inputs["head"].double().requires_grad_()
-        linear_cross_entropy_ref(inputs["hidden"].double(), wide, inputs["labels"], reduction="num_items", num_items=16).backward()
+        linear_cross_entropy_ref(inputs["hidden"].double(), wide, inputs["labels"], reduction="num_items",
+                                 num_items=16).backward()
         assert selfcheck.error_ratio(total, whole.grad, wide.grad) <= selfcheck.LIMIT
 
 
@@ -251,22 +268,24 @@ def test_registration_and_compile(backend, dtype, reduction):
 
 
 @parametrize
-def test_repeatable(backend, dtype):
+@pytest.mark.parametrize("H", [32, 2064])
+def test_repeatable(backend, dtype, H):
     with dispatch.use(backend):
-        check_repeatable(linear_cross_entropy, backend, inputs_for(70, 32, 64, dtype), chunk_tokens=32, threads=(2,))
+        check_repeatable(linear_cross_entropy, backend, inputs_for(70, H, 64, dtype), chunk_tokens=32, threads=(2,))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("V", [520, 9000])
 @pytest.mark.parametrize("offset", [0, 44, 100, 1000])
-def test_overflowing_sums_are_done_again(offset):
+def test_overflowing_sums_are_done_again(offset, V):
     """A label far below the maximum overflows the sum against its own logit; those rows run again (at 44 some
     of them). The logit comes from all of the hidden state, lest a number or two make up the gradient and their luck the error."""
-    N, H, V = 600, 64, 520
+    N, H = 600, 64
     head = torch.randn(V, H, device="cuda", dtype=torch.bfloat16) * 0.1
     hidden = torch.randn(N, H, device="cuda", dtype=torch.bfloat16)
     direction = torch.randn(H, device="cuda").sign() * H**-0.5
     head[7], head[8] = direction, -direction
-    hidden[300:320] += offset / 2 * direction
+    hidden[300:320] += offset / 2 * direction  # of three blocks of rows only one runs again
     labels = torch.full((N,), 8, device="cuda")
     inputs = {"hidden": hidden, "head": head, "labels": labels}
     check_error_rule(linear_cross_entropy, linear_cross_entropy_ref, "cuda", inputs, reduction="sum")
@@ -291,8 +310,9 @@ def test_a_label_out_of_range_gives_nan_on_cuda():
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph():
-    inputs = inputs_for(300, 64, 264, torch.bfloat16)
+@pytest.mark.parametrize("H", [64, 2064])
+def test_in_a_cuda_graph(H):
+    inputs = inputs_for(300, H, 264, torch.bfloat16)
     hidden, head = (inputs[n].requires_grad_() for n in ("hidden", "head"))
     run = lambda: torch.autograd.grad(linear_cross_entropy(hidden, head, inputs["labels"]), (hidden, head))  # noqa: E731
     want = run()
@@ -357,6 +377,54 @@ def test_sure_tokens_where_the_labels_part_comes_last(backend, labels_last):
     tokens = torch.arange(33, device=DEVICE) * 8
     inputs |= {"hidden": inputs["head"][tokens] * 8, "labels": tokens}
     check_error_rule(linear_cross_entropy, linear_cross_entropy_ref, backend, inputs, reduction="sum")
+
+
+def compiled_chunk(hidden, head, labels, weight, ignore_index, inverse_temperature, z_loss, nll, lse, entropy):
+    """What the Hopper kernels leave, in plain torch."""
+    logits, rows = (hidden @ head.T).float() * inverse_temperature, torch.arange(len(labels))
+    kept, label = labels != ignore_index, labels.clamp(min=0)
+    reference = logits[rows, label]
+    e = (logits - reference[:, None]).exp() * kept[:, None]
+    e[rows, label] = 0
+    rest = e.sum(1)
+    nll.copy_(rest.log1p() * kept)
+    lse.copy_((reference + rest.log1p()) * kept)
+    factor = weight * kept * inverse_temperature / (1 + rest)
+    s = factor * (1 + 2 * z_loss * lse)
+    own = factor * (2 * z_loss * lse - rest)
+    return ChunkGrads(e.to(hidden.dtype), (s[:, None] * hidden).to(hidden.dtype), s, own)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the kernels themselves are tested")
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.01, "temperature": 0.7}], ids=str)
+@pytest.mark.parametrize("chunks", [1, 5])
+@pytest.mark.parametrize("into", [None, torch.bfloat16, torch.float32], ids=str)
+def test_gradients_from_what_the_hopper_kernels_leave(options, chunks, into, labels_last, monkeypatch):
+    """The parts around them: labels apart, sums of chunks, the head's gradient in a buffer that already has something."""
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None, **kw: mm(a, b, **kw) if out_dtype is None else
+                        mm(a.to(out_dtype), b.to(out_dtype), **kw))
+    monkeypatch.setattr(dispatch, "backend", lambda op, name: types.SimpleNamespace(chunk=compiled_chunk))
+    inputs = inputs_for(200, 48, 96, torch.bfloat16, 2.0)
+    options |= {"reduction": "sum"}
+
+    def leaves(dtype):
+        return (inputs[n].to(dtype, copy=True).requires_grad_() for n in ("hidden", "head"))
+
+    def reference(dtype):
+        hidden, head = leaves(dtype)
+        return torch.autograd.grad(linear_cross_entropy_ref(hidden, head, inputs["labels"], **options), (hidden, head))
+
+    hidden, head = leaves(torch.bfloat16)
+    buffer = None if into is None else torch.zeros_like(head, dtype=into)
+    halves = [slice(None)] if into is None else [slice(0, 100), slice(100, 200)]
+    with dispatch.use("cpu"):
+        for part in halves:
+            linear_cross_entropy(hidden[part], head, inputs["labels"][part], head_grad=buffer,
+                                 chunk_tokens=200 // len(halves) // chunks, **options).backward()
+    got = hidden.grad, head.grad if into is None else buffer
+    for g, p, t in zip(got, reference(torch.bfloat16), reference(torch.float64), strict=True):
+        assert selfcheck.error_ratio(g, p, t) <= selfcheck.LIMIT
 
 
 @pytest.mark.parametrize("H", [8, 40, 1032])
