@@ -255,8 +255,6 @@ __device__ inline uint32_t pack_pair(float a, float b) {  // bf16, a in the lowe
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-__device__ inline float2 unpack_pair(uint32_t x) { return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)}; }
-
 // --- registers: a warpgroup gives some up, others take them
 template <int N> __device__ inline void registers_release() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> __device__ inline void registers_take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }

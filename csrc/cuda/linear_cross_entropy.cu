@@ -14,6 +14,7 @@
 #include "cuda/linear_cross_entropy.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/hopper.h"
 
@@ -24,7 +25,6 @@ constexpr int kTileM = 128, kTileN = 256, kTileK = 64, kStages = 4;  // 48 KB a 
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
 constexpr int kClusterRows = 2 * kTileM;  // a cluster of two CTAs shares the tile of the head
 constexpr uint32_t kBytesA = kTileM * kTileK * 2, kBytesB = kTileN * kTileK * 2;
-constexpr int kShared = kStages * (kBytesA + kBytesB) + 2 * kStages * 8;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kOverflow = 1.8446744e19f;  // 2^64: leaves room for the products of the gradient GEMMs
 
@@ -93,6 +93,56 @@ __global__ void label_logits(LinearCrossEntropy a, Scratch s) {
   }
 }
 
+// The ring of stages between the thread that loads and the two warpgroups that multiply, in both CTAs of a cluster.
+template <int STAGES> struct Ring {
+  static constexpr int kBarriers = 2 * STAGES * 8;  // bytes
+  uint64_t *const full, *const empty;
+  int stage = 0, before = 0;
+  uint32_t phase = 0;
+
+  __device__ explicit Ring(uint8_t* barriers) : full(reinterpret_cast<uint64_t*>(barriers)), empty(full + STAGES) {}
+  __device__ void init() const {  // by one thread; the cluster synchronises after it
+    for (int i = 0; i < STAGES; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, 2 * kConsumers);
+    }
+    barrier_init_fence();
+  }
+  __device__ __forceinline__ void next() {
+    before = stage;
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+  // The loading thread waits for the stage, into which so many bytes will come.
+  __device__ __forceinline__ void expect(uint32_t bytes) const {
+    barrier_wait(empty + stage, phase ^ 1);
+    barrier_expect_bytes(full + stage, bytes);
+  }
+  // A multiplying warpgroup's step k of a tile. The products of the step before are done then: its stage goes back to both
+  // producers, and that of the last by finish().
+  template <class Products> __device__ __forceinline__ void multiply(int k, Products products) {
+    barrier_wait(full + stage, phase);
+    wgmma_fence();
+    products();
+    wgmma_commit();
+    if (k > 0) {
+      wgmma_wait<1>();
+      release();
+    }
+    next();
+  }
+  __device__ __forceinline__ void finish() const {
+    wgmma_wait<0>();
+    release();
+  }
+
+ private:
+  __device__ __forceinline__ void release() const {
+    if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + before, threadIdx.x % 128);
+  }
+};
+
+constexpr int kShared = kStages * (kBytesA + kBytesB) + Ring<kStages>::kBarriers;
+
 // The e of a tile, held back to be stored piece by piece between the products of the next tile: stored at once they keep the
 // tensor cores waiting (at H 1024 and 2048 the kernel was at 83 and 92 % of the rate of a large product, and is at 88 and 96;
 // without any stores 90 and 97). LATE: they change threads only then, too, for which the entropy leaves no registers.
@@ -121,8 +171,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
                   LinearCrossEntropy a, Scratch s, bool only_redo) {
   if (only_redo && !*s.redo_any) return;
   extern __shared__ __align__(1024) uint8_t stages[];
-  uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * (kBytesA + kBytesB));
-  uint64_t* const empty = full + kStages;
+  Ring<kStages> ring(stages + kStages * (kBytesA + kBytesB));
   const auto tile_a = [&](int stage) { return stages + stage * (kBytesA + kBytesB); };
   const auto tile_b = [&](int stage) { return tile_a(stage) + kBytesA; };
 
@@ -131,21 +180,12 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     tma_prefetch_map(&hidden_map);
     tma_prefetch_map(&head_map);
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(full + i, 1);
-      barrier_init(empty + i, 2 * kConsumers);
-    }
-    barrier_init_fence();
+    ring.init();
   }
   cluster_sync();
 
   const int blocks = blocks_of(a.n), tiles = tiles_of(a.v), steps = int((a.h + kTileK - 1) / kTileK);
   const int total = blocks * tiles, clusters = gridDim.x / 2;
-  int stage = 0;
-  uint32_t phase = 0;
-  const auto next_stage = [&] {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  };
 
   if (group == 0) {
     registers_release<40>();
@@ -154,12 +194,12 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         const int block = t % blocks, tile = t / blocks;
         if (only_redo && !s.redo_block[block]) continue;
         for (int k = 0; k < steps; ++k) {
-          barrier_wait(empty + stage, phase ^ 1);
-          barrier_expect_bytes(full + stage, kBytesA + kBytesB);
-          tma_load(tile_a(stage), &hidden_map, full + stage, k * kTileK, block * kClusterRows + rank * kTileM);
-          tma_load_multicast(tile_b(stage) + rank * (kBytesB / 2), &head_map, full + stage, k * kTileK,
+          ring.expect(kBytesA + kBytesB);
+          uint64_t* const there = ring.full + ring.stage;
+          tma_load(tile_a(ring.stage), &hidden_map, there, k * kTileK, block * kClusterRows + rank * kTileM);
+          tma_load_multicast(tile_b(ring.stage) + rank * (kBytesB / 2), &head_map, there, k * kTileK,
                              tile * kTileN + rank * (kTileN / 2), 3);
-          next_stage();
+          ring.next();
         }
       }
     }
@@ -182,21 +222,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
         reference[half] = MODE != Mode::maxima && row < a.n ? s.reference[row] * kLog2e : INFINITY;
         label[half] = MODE != Mode::maxima && row < a.n ? a.labels[row] - first_column : -1;
       }
-      int before = 0, k = 0;
+      int k = 0;
       const auto step = [&]() __attribute__((always_inline)) {
-        barrier_wait(full + stage, phase);
-        const uint64_t da = matrix_descriptor(tile_a(stage) + consumer * (kBytesA / 2));
-        const uint64_t db = matrix_descriptor(tile_b(stage));
-        wgmma_fence();
+        ring.multiply(k, [&]() __attribute__((always_inline)) {
+          const uint64_t da = matrix_descriptor(tile_a(ring.stage) + consumer * (kBytesA / 2));
+          const uint64_t db = matrix_descriptor(tile_b(ring.stage));
 #pragma unroll
-        for (int i = 0; i < kTileK / 16; ++i) wgmma_m64n256k16(acc, da + 2 * i, db + 2 * i, k > 0 || i > 0);
-        wgmma_commit();
-        if (k > 0) {  // the products of the step before are done: its stage goes back to both producers
-          wgmma_wait<1>();
-          if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + before, threadIdx.x % 128);
-        }
-        before = stage;
-        next_stage();
+          for (int i = 0; i < kTileK / 16; ++i) wgmma_m64n256k16(acc, da + 2 * i, db + 2 * i, k > 0 || i > 0);
+        });
         ++k;
       };
       if (MODE != Mode::maxima) {
@@ -209,8 +242,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       } else {
         while (k < steps) step();
       }
-      wgmma_wait<0>();
-      if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + before, threadIdx.x % 128);
+      ring.finish();
 
       const int columns = int(min(int64_t(kTileN), a.v - first_column));
       if (columns < kTileN) {
@@ -356,7 +388,7 @@ __global__ void finish(LinearCrossEntropy a, Scratch s) {
 // 2.00 ms; asked for at once 2.23, not at all 2.32, read into shared memory 2.18 to 2.30, by torch 2.11; stored 1.87).
 constexpr int kGradStages = 3, kBox = 64 * 64 * 2;  // a box: 64 x 64 elements
 constexpr int kBoxesA = kTileM / 64, kBoxesB = kTileN / 64, kGradStage = (kBoxesA + kBoxesB) * kBox;
-constexpr int kGradShared = kGradStages * kGradStage + kConsumers * kBoxesB * kBox + 2 * kGradStages * 8;
+constexpr int kGradShared = kGradStages * kGradStage + kConsumers * kBoxesB * kBox + Ring<kGradStages>::kBarriers;
 
 template <bool ADD>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
@@ -364,29 +396,19 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
                          const __grid_constant__ CUtensorMap out_map, int n, int h, int v) {
   extern __shared__ __align__(1024) uint8_t stages[];
   uint8_t* const results = stages + kGradStages * kGradStage;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(results + kConsumers * kBoxesB * kBox);
-  uint64_t* const empty = full + kGradStages;
+  Ring<kGradStages> ring(results + kConsumers * kBoxesB * kBox);
   const uint32_t rank = cluster_rank();
   const int group = uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     tma_prefetch_map(&e_map);
     tma_prefetch_map(&hidden_map);
     tma_prefetch_map(&out_map);
-    for (int i = 0; i < kGradStages; ++i) {
-      barrier_init(full + i, 1);
-      barrier_init(empty + i, 2 * kConsumers);
-    }
-    barrier_init_fence();
+    ring.init();
   }
   cluster_sync();
 
   // The columns of a pair of row tiles come one after another: e, the larger operand, is read from memory but once.
   const int columns = (h + kTileN - 1) / kTileN, total = blocks_of(v) * columns, steps = (n + 63) / 64;
-  int stage = 0;
-  uint32_t phase = 0;
-  const auto next_stage = [&] {
-    if (++stage == kGradStages) stage = 0, phase ^= 1;
-  };
   if (group == 0) {
     registers_release<40>();
     if (threadIdx.x == 0) {
@@ -396,16 +418,16 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
           if (ADD)
             for (; old * steps < (k + 1) * kBoxesA * kBoxesB; ++old)
               tma_prefetch(&out_map, column + old % kBoxesB * 64, row + old / kBoxesB * 64);
-          uint8_t* const a = stages + stage * kGradStage;
+          uint8_t* const a = stages + ring.stage * kGradStage;
           uint8_t* const b = a + (kBoxesA + rank * (kBoxesB / 2)) * kBox;
-          barrier_wait(empty + stage, phase ^ 1);
-          barrier_expect_bytes(full + stage, kGradStage);
+          uint64_t* const there = ring.full + ring.stage;
+          ring.expect(kGradStage);
 #pragma unroll
-          for (int i = 0; i < kBoxesA; ++i) tma_load(a + i * kBox, &e_map, full + stage, row + 64 * i, k * 64);
+          for (int i = 0; i < kBoxesA; ++i) tma_load(a + i * kBox, &e_map, there, row + 64 * i, k * 64);
 #pragma unroll
           for (int i = 0; i < kBoxesB / 2; ++i)
-            tma_load_multicast(b + i * kBox, &hidden_map, full + stage, column + rank * (kTileN / 2) + 64 * i, k * 64, 3);
-          next_stage();
+            tma_load_multicast(b + i * kBox, &hidden_map, there, column + rank * (kTileN / 2) + 64 * i, k * 64, 3);
+          ring.next();
         }
       }
     }
@@ -420,27 +442,18 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     float acc[128];
     for (int t = blockIdx.x / 2; t < total; t += gridDim.x / 2) {
       const int row = t / columns * kClusterRows + rank * kTileM + consumer * 64, column = t % columns * kTileN;
-      int before = 0;
       for (int k = 0; k < steps; ++k) {
-        barrier_wait(full + stage, phase);
-        const uint8_t* const a = stages + stage * kGradStage;
-        const uint64_t da = matrix_descriptor_transposed(a + consumer * kBox, kBox);
-        const uint64_t db = matrix_descriptor_transposed(a + kBoxesA * kBox, kBox);
-        wgmma_fence();
+        ring.multiply(k, [&]() __attribute__((always_inline)) {
+          const uint8_t* const a = stages + ring.stage * kGradStage;
+          const uint64_t da = matrix_descriptor_transposed(a + consumer * kBox, kBox);
+          const uint64_t db = matrix_descriptor_transposed(a + kBoxesA * kBox, kBox);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) wgmma_m64n256k16<1, 1>(acc, da + 128 * i, db + 128 * i, k > 0 || i > 0);
-        wgmma_commit();
-        if (k > 0) {
-          wgmma_wait<1>();
-          if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + before, threadIdx.x % 128);
-        }
-        before = stage;
-        next_stage();
+          for (int i = 0; i < 4; ++i) wgmma_m64n256k16<1, 1>(acc, da + 128 * i, db + 128 * i, k > 0 || i > 0);
+        });
       }
       if (threadIdx.x % 128 == 0) bulk_wait_read();  // the results of the tile before have left
       named_sync(1 + consumer, 128);
-      wgmma_wait<0>();
-      if (threadIdx.x % 128 < 2) barrier_arrive_in_cluster(empty + before, threadIdx.x % 128);
+      ring.finish();
 #pragma unroll
       for (int i = 0; i < kTileN / 16; ++i) {
         uint32_t r[4];
@@ -513,9 +526,11 @@ void head_gradient(int64_t n, int64_t h, int64_t v, Rows unnormalised, Rows scal
   const CUtensorMap e = tensor_map(unnormalised.data, n, v, unnormalised.stride, 64);
   const CUtensorMap x = tensor_map(scaled_hidden.data, n, h, scaled_hidden.stride, 64);
   const CUtensorMap out = tensor_map(head_grad.data, v, h, head_grad.stride, 64);
-  const auto run = add ? launch<head_gradient_kernel<true>, CUtensorMap, CUtensorMap, CUtensorMap, int, int, int>
-                       : launch<head_gradient_kernel<false>, CUtensorMap, CUtensorMap, CUtensorMap, int, int, int>;
-  run(kGradShared, reinterpret_cast<cudaStream_t>(stream), e, x, out, int(n), int(h), int(v));
+  const auto run = [&](auto adds) {
+    launch<head_gradient_kernel<adds.value>>(kGradShared, reinterpret_cast<cudaStream_t>(stream), e, x, out, int(n), int(h),
+                                             int(v));
+  };
+  add ? run(std::true_type()) : run(std::false_type());
 }
 
 }  // namespace qwen3::cuda

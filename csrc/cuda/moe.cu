@@ -202,6 +202,8 @@ __device__ inline void products(float (&acc)[128], const uint8_t* own, const uin
   }
 }
 
+__device__ inline float2 unpack(uint32_t x) { return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)}; }
+
 // 32 columns of a row among the 4 threads of a quad: the products leave thread q the pairs of columns 8 i + 2 q (+ 1);
 // to and from memory go the 8 columns from 8 q on.
 __device__ inline void store8(bf16* to, const uint32_t (&pairs)[4], bool live) {
@@ -417,7 +419,7 @@ template <Task TASK, bool DENSE> class Deferred {
       const uint32_t before[4] = {old.x, old.y, old.z, old.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack_pair(before[i]), y = unpack_pair(pairs[i]);
+        const float2 x = unpack(before[i]), y = unpack(pairs[i]);
         pairs[i] = pack_pair(x.x + y.x, x.y + y.y);
       }
     }
@@ -436,7 +438,7 @@ template <Task TASK, bool DENSE> class Deferred {
     gather(j, gate), gather(j + 4, up);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 x = unpack_pair(gate[i]), y = unpack_pair(up[i]);
+      const float2 x = unpack(gate[i]), y = unpack(up[i]);
       product[i] = pack_pair(x.x * sigmoid(x.x) * y.x, x.y * sigmoid(x.y) * y.y);
     }
     store_two(j, gate, up, product);
@@ -448,7 +450,7 @@ template <Task TASK, bool DENSE> class Deferred {
     gather(j, da);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 x = unpack_pair(gate[i]), y = unpack_pair(up[i]), ds = unpack_pair(da[i]);
+      const float2 x = unpack(gate[i]), y = unpack(up[i]), ds = unpack(da[i]);
       float dx[2], dy[2], a[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
@@ -701,7 +703,7 @@ __global__ void __launch_bounds__(256) combine_kernel(MoePlan p, int64_t tokens,
     for (int i = 0; i < kBatch; ++i) {
       const uint4 x = landing[i][threadIdx.x];
       const float weight = slot + i >= end ? 0 : WEIGHTED ? __ldg(weights + slot + i) : 1;
-      const float2 pairs[4] = {unpack_pair(x.x), unpack_pair(x.y), unpack_pair(x.z), unpack_pair(x.w)};
+      const float2 pairs[4] = {unpack(x.x), unpack(x.y), unpack(x.z), unpack(x.w)};
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         sum[2 * j] = fmaf(weight, pairs[j].x, sum[2 * j]), sum[2 * j + 1] = fmaf(weight, pairs[j].y, sum[2 * j + 1]);

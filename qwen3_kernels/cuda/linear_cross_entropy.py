@@ -37,9 +37,9 @@ def chunk(
     return grads
 
 
-def add_product(total: Tensor, u_T: Tensor, x: Tensor, add: bool) -> None:
+def add_product(total: Tensor, u: Tensor, x: Tensor, add: bool) -> None:
     if total.dtype != torch.bfloat16 or total.data_ptr() % 16 or x.shape[1] < MIN_WIDTH:
-        return _add_product(total, u_T, x, add)
-    (v, n), h, u = u_T.shape, x.shape[1], u_T.T
+        return _add_product(total, u, x, add)
+    (n, v), h = u.shape, x.shape[1]
     with torch.cuda.device(total.device):
         core.head_gradient(n, h, v, rows(u), rows(x), rows(total), add, torch.cuda.current_stream().cuda_stream)

@@ -10,7 +10,6 @@ Sources: the chunked form is that of Liger (Hsu et al. 2024, arXiv 2410.10989, s
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -202,7 +201,7 @@ def _run(
     last = dhead is not None and _labels_last(hidden)
     own = torch.empty(N if last else 0, dtype=torch.float32, device=hidden.device)
     total = None if dhead is None else _total_for(dhead, N, rows, last, adds)
-    product = getattr(kernels, "add_product", _add_product)
+    add_product = getattr(kernels, "add_product", _add_product)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         grads = chunk(
@@ -214,25 +213,19 @@ def _run(
         if dhidden is not None and grads.s is None:
             torch.mm(grads.u, head, out=dhidden[part])
         elif dhidden is not None:  # in fp32 until all is added, so that it is rounded once
-            _label_rows().finish_hidden(
+            dispatch.backend("linear_cross_entropy", "triton").finish_hidden(
                 dhidden[part], torch.mm(grads.u, head, out_dtype=torch.float32), grads.s, grads.own, head, labels[part]
             )
         if dhead is not None:
             if last:
                 own[part] = _take_labels(grads.u, labels[part]) if grads.own is None else grads.own
-            product(total, grads.u.T, grads.x, start > 0 or (adds and total is dhead))
+            add_product(total, grads.u, grads.x, start > 0 or (adds and total is dhead))
         del grads  # before the next chunk's are made
     if total is not dhead:
         dhead.add_(total) if adds else dhead.copy_(total)
     if last:
-        _label_rows().add_label_rows(dhead, hidden, labels, own)
+        dispatch.backend("linear_cross_entropy", "triton").add_label_rows(dhead, hidden, labels, own)
     return nll, lse, entropy
-
-
-def _label_rows() -> ModuleType:
-    from ..triton import linear_cross_entropy
-
-    return linear_cross_entropy
 
 
 def _labels_last(hidden: Tensor) -> bool:
@@ -256,15 +249,15 @@ def _total_for(dhead: Tensor, N: int, rows: int, labels_last: bool = False, adds
     return torch.empty(dhead.shape, dtype=dhead.dtype if labels_last else torch.float32, device=dhead.device)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """total = a @ b, plus what it was with ``add``; the product of bf16 is added to a float32 total without being rounded
+def _add_product(total: Tensor, u: Tensor, x: Tensor, add: bool) -> None:
+    """total = u.T @ x, plus what it was with ``add``; the product of bf16 is added to a float32 total without being rounded
     first, where torch can."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b) if add else torch.mm(a, b, out=total)
+    if total.dtype == u.dtype:
+        total.addmm_(u.T, x) if add else torch.mm(u.T, x, out=total)
     elif total.is_cuda:
-        torch.addmm(total, a, b, beta=1.0 if add else 0.0, out_dtype=total.dtype, out=total)
+        torch.addmm(total, u.T, x, beta=1.0 if add else 0.0, out_dtype=total.dtype, out=total)
     else:
-        total.add_(a @ b) if add else total.copy_(a @ b)
+        total.add_(u.T @ x) if add else total.copy_(u.T @ x)
 
 
 def _token_loss(nll: Tensor, lse: Tensor, z_loss: float) -> Tensor:
@@ -307,7 +300,9 @@ def _(dloss_N, hidden_NH, head_VH, labels_N, want_hidden, want_head, ignore_inde
 
 
 def _gradients(hidden: Tensor, head: Tensor, want_hidden: bool, want_head: bool) -> tuple[Tensor | None, Tensor | None]:
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) if want else None
+    """For the chunks to write; zeros where there will be none."""
+    make = torch.empty if len(hidden) else torch.zeros
+    return tuple(make(t.shape, dtype=t.dtype, device=t.device) if want else None
                  for t, want in ((hidden, want_hidden), (head, want_head)))
 
 

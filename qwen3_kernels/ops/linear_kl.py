@@ -224,12 +224,10 @@ def _reduced(
         if want_hidden:
             torch.mm(grad, head_VH, out=dhidden[part])
         if want_head:
-            _add_product(total, grad.T, hidden, start > 0)
+            _add_product(total, grad, hidden, start > 0)
         del grad  # before the next chunk's is made
     if total is not dhead:
         dhead.copy_(total)
-    if N == 0 and want_head:
-        dhead.zero_()
     empty = hidden_NH.new_empty
     return (kl * weight_N).sum(), kl, empty(0) if dhidden is None else dhidden, empty(0) if dhead is None else dhead
 
